@@ -1,0 +1,58 @@
+"""The mean of a layer's input, collected beside its range: what bias correction needs of the calibration data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from inc_graph.errors import CalibrationError, ConfigError
+
+__all__ = ["MeanObserver"]
+
+
+class MeanObserver(nn.Module):
+    """Identity that collects the mean of a layer's input, for bias correction.
+
+    Args:
+        kind: "channels": mean over all dimensions but the last, ``[channels]``. "map": mean over the batch only,
+            ``[channels, *spatial]``; if batches come in several sizes, mean over batch and space, ``[channels, 1, ...]``.
+        node, module: The layer, for messages.
+    """
+
+    def __init__(self, kind: str, node: str = "", module: str = "") -> None:
+        super().__init__()
+        if kind not in ("channels", "map"):
+            raise ConfigError(f"kind must be 'channels' or 'map', not {kind!r}")
+        self.kind, self.node, self.module_path = kind, node, module
+        self.count = 0
+        self.register_buffer("total", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        if not (isinstance(x, FakeTensor) or x.is_meta) and x.numel():
+            with torch.inference_mode(False), torch.no_grad():
+                self._add(x.detach())
+        return x
+
+    def _add(self, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]) if self.kind == "channels" else x
+        mean, n = rows.double().mean(0).float(), rows.shape[0]
+        if self.total is not None and self.total.shape != mean.shape:
+            space = list(range(1, mean.ndim))
+            mean = mean.mean(space, keepdim=True)
+            self.total = self.total.mean(space, keepdim=True)
+        self.total = mean * n if self.total is None else self.total + mean * n
+        self.count += n
+
+    def mean(self) -> Tensor:
+        """The mean, float32, shaped as `kind` says. CalibrationError without data."""
+        if self.total is None:
+            raise CalibrationError(
+                "saw no data", node=self.node or None, module=self.module_path,
+                hint="run calibration data through the prepared model before converting it",
+            )  # fmt: skip
+        return self.total / self.count
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {self.node!r}, rows={self.count}"

@@ -1,0 +1,42 @@
+"""Algorithms as text: `percentile{percent=99.99}` <-> a range estimator. One spelling for configs, recipes and pipelines."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from inc_graph.calibrate import RangeEstimator, estimator
+from inc_graph.errors import ConfigError
+
+__all__ = ["make_estimator", "parse_algorithm"]
+
+_FORM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\{(.*)\})?\s*", re.S)
+
+
+def parse_algorithm(text: str) -> tuple[str, dict[str, Any]]:
+    """`name` or `name{option=value,...}` -> (name, options). ConfigError on any other form."""
+    found = _FORM.fullmatch(text) if isinstance(text, str) else None
+    if found is None:
+        raise ConfigError(f"not an algorithm: {text!r}", hint="write it as name or name{option=value}")
+    options: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, (found[2] or "").split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"algorithm {text!r}: expected option=value, found {part!r}")
+        options[key.strip()] = _value(value.strip())
+    return found[1], options
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def make_estimator(text: str) -> RangeEstimator:
+    """The range estimator that the text names. Errors as in `parse_algorithm` and `calibrate.estimator`."""
+    name, options = parse_algorithm(text)
+    return estimator(name, **options)
