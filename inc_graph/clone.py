@@ -1,0 +1,83 @@
+"""Copies of graph modules that share every tensor.
+
+A pass that must not touch its input works on `clone(gm)`; `adopt(dst, src)` then gives the result back under the
+reference the caller holds.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx, nn
+
+
+def _copy_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy_json(v) for k, v in value.items()}
+    return [_copy_json(v) for v in value] if isinstance(value, list) else value
+
+
+def _copy_module(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """A module with its own attribute dictionaries and the same tensors."""
+    if id(module) in memo:
+        return memo[id(module)]
+    if isinstance(module, fx.GraphModule):
+        return _clone(module, memo)
+    new = memo[id(module)] = module.__class__.__new__(module.__class__)
+    new.__dict__.update(module.__dict__)
+    _copy_tables(module, new, memo)
+    return new
+
+
+def _copy_tables(src: nn.Module, dst: nn.Module, memo: dict[int, nn.Module]) -> None:
+    for key, value in src.__dict__.items():
+        if key == "_modules":
+            dst.__dict__[key] = {k: None if m is None else _copy_module(m, memo) for k, m in value.items()}
+        elif key in ("_parameters", "_buffers", "_non_persistent_buffers_set") or "_hooks" in key:
+            dst.__dict__[key] = copy.copy(value)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy without recursion; node metadata is copied one level deep, annotations all the way, `val` is shared."""
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    table: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copied = table[node] = new.node_copy(node, table.__getitem__)
+        if "custom" in copied.meta:
+            custom = copied.meta["custom"] = dict(copied.meta["custom"] or {})
+            if "inc" in custom:
+                custom["inc"] = _copy_json(custom["inc"])
+    new._codegen = copy.copy(graph._codegen)  # the pytree calling convention
+    return new
+
+
+def _clone(gm: fx.GraphModule, memo: dict[int, nn.Module]) -> fx.GraphModule:
+    new = memo[id(gm)] = fx.GraphModule(nn.Module(), fx.Graph(), gm.__class__.__name__)
+    _copy_tables(gm, new, memo)
+    new.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in new.__dict__})
+    new.training = gm.training
+    new.meta = {k: _copy_json(v) if k == "inc" else copy.copy(v) for k, v in gm.meta.items()}
+    new.graph = copy_graph(gm.graph)
+    return new
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module that can be edited freely: own graph, annotations and attribute tables, but the same tensors.
+
+    No weight is copied. Submodules (observers) are copied the same way: their own tables, the same tensors.
+    """
+    return _clone(gm, {})
+
+
+def adopt(dst: fx.GraphModule, src: fx.GraphModule) -> fx.GraphModule:
+    """Make `dst` become `src` in place (the caller's reference stays valid). `src` must not be used afterwards."""
+    if dst is src:
+        return dst
+    keep = {k: v for k, v in dst.__dict__.items() if k in ("_tracer_cls", "_tracer_extras")}
+    graph = src.graph
+    dst.__dict__.clear()
+    dst.__dict__.update(src.__dict__)
+    dst.__dict__.update(keep)
+    dst.graph = graph
+    return dst

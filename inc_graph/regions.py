@@ -1,0 +1,259 @@
+"""Writing out autocast and grad-mode regions of an exported program.
+
+The exporter wraps such a region in a higher-order call whose body a walk over the graph does not see. Left to
+`run_decompositions`, the body is inlined but every operator in it loses its module path. Here the bodies are copied
+into the graph with their metadata. A grad-mode region then needs nothing more. In an autocast region the casts happen
+inside the dispatcher and are not in the body, so they are written out: each operator is run on fake tensors under the
+region's autocast, and the casts the dispatcher made to its inputs become nodes.
+
+A call for which that is not all autocast does is put into a region of its own instead: `run_decompositions` inlines
+that one correctly, and with the path. (Regions in regions it would get wrong.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from inc_graph.errors import CaptureError
+
+aten = torch.ops.aten
+
+_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+_COPIED = ("nn_module_stack", "stack_trace", "custom")
+
+
+Env = dict[fx.Node, Any]
+Autocast = tuple[str, torch.dtype | None, bool]  # device, dtype, enabled
+
+
+class _CannotInline(Exception):
+    pass
+
+
+def inline_regions(program: Any) -> None:
+    """Write out the autocast and grad-mode regions of an ExportedProgram, in place; control-flow bodies as well."""
+    gm = program.graph_module
+    renamed = _inline_in(gm)
+    for old, new in renamed.items():
+        program.graph_signature.replace_all_uses(old, new)
+
+
+def _is_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _REGIONS
+
+
+def _inline_in(gm: fx.GraphModule) -> dict[str, str]:
+    """Returns {old: new} for output names that changed."""
+    renamed: dict[str, str] = {}
+    outputs = {n.name for node in gm.graph.find_nodes(op="output") for n in node.all_input_nodes}
+    made: set[str] = set()  # bodies that were put around single calls
+    changed = False
+    for node in list(gm.graph.nodes):
+        if not _is_region(node):
+            continue
+        changed = True
+        with gm.graph.inserting_before(node):
+            values = _emit_region(gm, gm, node, {}, [], made)
+        for user in list(node.users):
+            value = values[user.args[1]]
+            user.replace_all_uses_with(value)
+            if user.name in outputs:
+                renamed[user.name] = value.name
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+    used = set()
+    for node in list(gm.graph.find_nodes(op="get_attr")):
+        child = getattr(gm, str(node.target), None) if "." not in str(node.target) else None
+        if isinstance(child, fx.GraphModule):
+            if not node.users:
+                gm.graph.erase_node(node)
+                continue
+            used.add(node.target)
+            if node.target not in made:
+                _inline_in(child)
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule) and name not in used:
+            delattr(gm, name)
+    if changed:
+        gm.recompile()
+    return renamed
+
+
+def _emit_region(
+    root: fx.GraphModule, owner: fx.GraphModule, node: fx.Node, env: Env, casts: list[Autocast], made: set[str]
+) -> list[Any]:
+    """Copy the body of region `node` (a node of `owner`) to the insertion point of `root`; returns its outputs."""
+    args: list[Any] = list(node.args)
+    if getattr(node.target, "__name__", "") == "wrap_with_autocast":
+        device, dtype, enabled, _cache, body_node, *inputs = args
+        casts = [*casts, (device, dtype, enabled)]
+    else:
+        _enabled, body_node, *inputs = args
+    body = getattr(owner, body_node.target)
+    inputs = [env.get(a, a) if isinstance(a, fx.Node) else a for a in inputs]
+    inner: Env = {}
+    for child in body.graph.nodes:
+        if child.op == "placeholder":
+            inner[child] = inputs.pop(0)
+        elif child.op == "output":
+            result = fx.map_arg(child.args[0], inner.__getitem__)
+            return list(result) if isinstance(result, list | tuple) else [result]
+        elif _is_region(child):
+            inner[child] = _emit_region(root, body, child, inner, casts, made)
+        elif child.op == "get_attr":
+            value = getattr(body, child.target) if "." not in child.target else body.get_submodule(child.target)
+            if isinstance(value, fx.GraphModule) and all(_is_region(u) for u in child.users):
+                continue  # the body of an inner region
+            inner[child] = root.graph.get_attr(_adopt_attr(root, value))
+            inner[child].meta = dict(child.meta)
+        elif child.target is operator.getitem and isinstance(inner.get(child.args[0]), list):
+            inner[child] = inner[child.args[0]][child.args[1]]
+        else:
+            inner[child] = _emit_call(root, child, inner, casts, made)
+    return []
+
+
+def _adopt_attr(root: fx.GraphModule, value: Any) -> str:
+    number = 0
+    while hasattr(root, name := f"_region_attr_{number}"):
+        number += 1
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        root.register_buffer(name, value)
+    else:
+        setattr(root, name, value)
+    return name
+
+
+def _emit_call(root: fx.GraphModule, node: fx.Node, env: Env, casts: list[Autocast], made: set[str]) -> Any:
+    """Copy one call with what autocast does to it; a list if it stays in a region and has several outputs."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+    if any(enabled for _, _, enabled in casts) and isinstance(node.target, torch._ops.OpOverload):
+        try:
+            wanted, extra = _autocast_call(node, args, kwargs, casts)
+        except _CannotInline:
+            return _keep_in_region(root, node, args, kwargs, casts, made)
+        copies: dict[fx.Node, fx.Node] = {}
+        for source, value in wanted.items():
+            copies[source] = root.graph.call_function(aten._to_copy.default, (source,), {"dtype": value.dtype})
+            copies[source].meta = {k: node.meta[k] for k in _COPIED if k in node.meta} | {"val": value}
+        args, kwargs = fx.map_arg((args, {**kwargs, **extra}), lambda n: copies.get(n, n))
+    new = root.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+    new.meta = dict(node.meta)
+    return new
+
+
+def _keep_in_region(
+    root: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, casts: list[Autocast], made: set[str]
+) -> Any:
+    """Put one call into an autocast region of its own, which has the call's module path and so passes it on."""
+    devices = {device: (device, dtype, enabled) for device, dtype, enabled in casts}
+    if len(devices) > 1:
+        raise CaptureError(f"{node.target} under autocast for several devices cannot be captured", node=node)
+    inputs: dict[fx.Node, None] = {}
+    fx.map_arg((args, kwargs), lambda n: inputs.setdefault(n))
+    graph = fx.Graph()
+    stand_in: dict[fx.Node, fx.Node] = {}
+    for number, source in enumerate(inputs):
+        stand_in[source] = graph.placeholder(f"arg{number}")
+        stand_in[source].meta["val"] = source.meta.get("val")
+    call = graph.create_node("call_function", node.target, *fx.map_arg((args, kwargs), stand_in.__getitem__))
+    call.meta = dict(node.meta)
+    value = node.meta.get("val")
+    several = isinstance(value, list | tuple)
+    graph.output(tuple(_outputs(graph, call, value)) if several else (call,))
+    name = _adopt_attr(root, fx.GraphModule(nn.Module(), graph))
+    made.add(name)
+    region: Any = torch.ops.higher_order.wrap_with_autocast
+    (setting,) = devices.values()
+    kept = root.graph.call_function(region, (*setting, False, root.graph.get_attr(name), *inputs))
+    kept.meta = {k: node.meta[k] for k in _COPIED if k in node.meta}
+    results = _outputs(root.graph, kept, value if several else (value,))
+    return results if several else results[0]
+
+
+def _outputs(graph: fx.Graph, call: fx.Node, values: Any) -> list[fx.Node]:
+    nodes = [graph.call_function(operator.getitem, (call, i)) for i in range(len(values))]
+    for node, value in zip(nodes, values, strict=True):
+        node.meta = {k: call.meta[k] for k in _COPIED if k in call.meta} | {"val": value}
+    return nodes
+
+
+class _Record(TorchDispatchMode):
+    """Notes the casts made to given tensors before anything else is called."""
+
+    def __init__(self, watched: dict[int, fx.Node]) -> None:
+        super().__init__()
+        self.watched, self.leading = watched, True
+        self.casts: Env = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        node = self.watched.get(id(args[0])) if args else None
+        if self.leading and func is aten._to_copy.default and node is not None:
+            self.casts[node] = out
+        elif func.namespace != "prim":  # prim::device: autocast looks at its arguments
+            self.leading = False
+        return out
+
+
+def _run(node: fx.Node, args: Any, kwargs: Any, casts: list[Autocast], cast: Env) -> tuple[Any, Env]:
+    """Run the call on fake values under autocast; returns its value and the casts {input: fake value} it made."""
+    watched: dict[int, fx.Node] = {}
+    modes: list[Any] = []
+
+    def value_of(n: fx.Node) -> Any:
+        value = cast.get(n, n.meta.get("val"))
+        if isinstance(value, FakeTensor):
+            watched[id(value)] = n
+            modes.append(value.fake_mode)
+        return value
+
+    args, kwargs = fx.map_arg((args, kwargs), value_of)
+    call: Any = node.target
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device, dtype, enabled in casts:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        if modes:
+            stack.enter_context(modes[0])
+        record = stack.enter_context(_Record(watched))
+        try:
+            return call(*args, **kwargs), record.casts
+        except Exception as e:
+            raise _CannotInline(str(e)) from e
+
+
+def _autocast_call(node: fx.Node, args: Any, kwargs: Any, casts: list[Autocast]) -> tuple[Env, dict[str, Any]]:
+    """What autocast does to this call: ({input: fake value after the cast}, further keyword arguments).
+
+    _CannotInline if that is not all it does, told by the dtypes of the result.
+    """
+    off = [(device, dtype, False) for device, dtype, _ in casts]
+    wanted_value, wanted = _run(node, args, kwargs, casts, {})
+    try:
+        plain_value, own = _run(node, args, kwargs, off, {})
+    except _CannotInline:  # without the casts, an operator may refuse inputs of mixed dtypes
+        plain_value, own = None, {}
+    wanted = {n: value for n, value in wanted.items() if n not in own}  # `own` are casts of the operator itself
+    if not wanted and plain_value is not None and _dtypes(plain_value) == _dtypes(wanted_value):
+        return {}, {}
+    options: list[dict[str, Any]] = [{}]
+    if any(a.name == "dtype" for a in node.target._schema.arguments) and len(_dtypes(wanted_value)) == 1:  # type: ignore[union-attr]
+        options.append({"dtype": _dtypes(wanted_value)[0]})  # softmax and the like: autocast chooses their dtype
+    for extra in options:
+        with contextlib.suppress(_CannotInline):
+            value, _ = _run(node, args, {**kwargs, **extra}, off, wanted)
+            if _dtypes(value) == _dtypes(wanted_value):
+                return wanted, extra
+    raise _CannotInline(f"autocast changes more than the inputs of {node.target}")
+
+
+def _dtypes(value: Any) -> list[torch.dtype]:
+    return [v.dtype for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
