@@ -1,0 +1,199 @@
+"""WHERE -> WHAT + HOW: the ordered list of rules that a user's config compiles to.
+
+`prepare` and `convert` know recipes and pipelines only. A recipe is JSON-able and rides in `gm.meta["inc"]["recipe"]`, so
+that convert, saving and inspection see the decisions that prepare was given. The most specific rule wins; among equals, the
+one said last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from inc_graph.errors import ConfigError
+from inc_graph.graph import module_path, module_type
+from inc_graph.oppattern import OpPattern
+from inc_graph.spec import QSpec
+
+__all__ = ["KINDS", "OpQuant", "Recipe", "Where", "WhereRule", "get_recipe", "set_recipe"]
+
+KINDS = ("all", "type", "name")  # from the least to the most specific
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which operators a rule speaks of.
+
+    Attributes:
+        kind: "all", "type" (operator type, module class) or "name" (regex matched at the start of the module path).
+        value: The type's name or the regex; '' for "all".
+    """
+
+    kind: str = "all"
+    value: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"where.kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
+        if self.kind == "name":
+            try:
+                re.compile(self.value)
+            except re.error as e:
+                raise ConfigError(f"{self.value!r} is not a regular expression: {e}") from e
+
+    def matches(self, path: str, type_names: frozenset[str]) -> bool:
+        """Whether an operator in module `path`, known under `type_names`, is meant."""
+        if self.kind == "all":
+            return True
+        if self.kind == "type":
+            return self.value in type_names
+        return re.match(self.value, path) is not None
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "all" else f"{self.kind} {self.value!r}"
+
+
+@dataclass(frozen=True)
+class OpQuant:
+    """WHAT and HOW for one operator.
+
+    Attributes:
+        activation: Format of its quantizable inputs; None leaves them float (weight only).
+        weight: Format of its weight; the granularity's axis is replaced by the operator's own channel axis.
+        act_algorithm: Range estimator of the activations, `name` or `name{option=value}`.
+        weight_algorithm: Range estimator of the weight.
+        bias_correction: Correct the bias for the mean error of the quantized weight.
+    """
+
+    activation: QSpec | None = None
+    weight: QSpec | None = None
+    act_algorithm: str = "minmax"
+    weight_algorithm: str = "minmax"
+    bias_correction: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "activation": self.activation and self.activation.to_json(),
+            "weight": self.weight and self.weight.to_json(),
+            "act_algorithm": self.act_algorithm,
+            "weight_algorithm": self.weight_algorithm,
+            "bias_correction": self.bias_correction,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OpQuant:
+        specs = {k: data[k] and QSpec.from_json(data[k]) for k in ("activation", "weight")}
+        return cls(**{**data, **specs})
+
+
+@dataclass(frozen=True)
+class WhereRule:
+    """One line of a recipe. `what` None leaves the operator float. `origin` is the user's wording, for messages."""
+
+    where: Where = field(default_factory=Where)
+    what: OpQuant | None = None
+    origin: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        where = {"kind": self.where.kind, "value": self.where.value}
+        return {"where": where, "what": self.what and self.what.to_json(), "origin": self.origin}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WhereRule:
+        return cls(Where(**data["where"]), data["what"] and OpQuant.from_json(data["what"]), data["origin"])
+
+    def __str__(self) -> str:
+        what = self.what
+        if what is None:
+            return f"{self.where} -> float"
+        parts = [f"activation {what.activation}" if what.activation else "", f"weight {what.weight}" if what.weight else ""]
+        return f"{self.where} -> {', '.join(p for p in parts if p)}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules plus the pipelines that carry them out.
+
+    Attributes:
+        method: Name of the method ("static_quant"), for reports.
+        rules: In the order they were said.
+        prepare: Pipeline text that prepare runs on the float graph.
+        convert: Pipeline text that convert runs on the observed graph.
+        supported: Operator types that the target backend has quantized kernels for; others stay float unless a rule of
+            kind "type" or "name" asks for them. None: every known operator.
+        backend: The backend that `supported` was read from.
+    """
+
+    method: str
+    rules: tuple[WhereRule, ...]
+    prepare: str
+    convert: str
+    supported: tuple[str, ...] | None = None
+    backend: str = "eager"
+
+    def resolve(self, node: fx.Node, pattern: OpPattern) -> tuple[int, WhereRule] | None:
+        """The rule for `node` and its index, or None if no rule speaks of it."""
+        path, names = module_path(node), type_names(node, pattern)
+        best: tuple[int, int] | None = None
+        for i, rule in enumerate(self.rules):
+            if rule.where.matches(path, names) or (rule.where.kind == "name" and rule.where.matches(node.name, names)):
+                rank = (KINDS.index(rule.where.kind), i)
+                best = rank if best is None or rank > best else best
+        return None if best is None else (best[1], self.rules[best[1]])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "rules": [r.to_json() for r in self.rules],
+            "prepare": self.prepare,
+            "convert": self.convert,
+            "supported": None if self.supported is None else list(self.supported),
+            "backend": self.backend,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        rules = tuple(WhereRule.from_json(r) for r in data["rules"])
+        supported = None if data["supported"] is None else tuple(data["supported"])
+        return cls(**{**data, "rules": rules, "supported": supported})
+
+    def for_backend(self, name: str, supported: tuple[str, ...] | None) -> Recipe:
+        """The same rules aimed at another backend."""
+        return replace(self, backend=name, supported=supported)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.method} for {self.backend}:", *(f"  {i}. {r}" for i, r in enumerate(self.rules))])
+
+
+def type_names(node: fx.Node, pattern: OpPattern) -> frozenset[str]:
+    """Every name a user may call the operator's type by: pattern, aten name, functions, classes, innermost module."""
+    names = {pattern.name, str(node.target), getattr(node.target, "_schema", None) and node.target._schema.name}
+    for module in pattern.modules:
+        names |= set(names_of_type(module))
+    inner = module_type(node)
+    if inner is not None:
+        names |= {inner, inner.rpartition(".")[2]}
+    return frozenset(n for n in names if n)
+
+
+def names_of_type(kind: Any) -> tuple[str, str]:
+    """(short, qualified) name of a module class or function."""
+    short = getattr(kind, "__name__", str(kind))
+    return short, f"{getattr(kind, '__module__', None) or 'torch'}.{getattr(kind, '__qualname__', short)}"
+
+
+def set_recipe(gm: fx.GraphModule, recipe: Recipe) -> None:
+    """Store the recipe with the graph."""
+    gm.meta.setdefault("inc", {})["recipe"] = recipe.to_json()
+
+
+def get_recipe(gm: fx.GraphModule) -> Recipe:
+    """The recipe stored with the graph. ConfigError if there is none."""
+    data = gm.meta.get("inc", {}).get("recipe")
+    if data is None:
+        raise ConfigError("this graph carries no recipe", hint="run inc_graph.quantization.prepare on it")
+    return Recipe.from_json(data)

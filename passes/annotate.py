@@ -1,0 +1,273 @@
+"""Decide which values are quantized, and who reads them quantized. Changes nothing but annotations.
+
+What is written into `meta["custom"]["inc"]`:
+    on a value        quant   {key: {spec, algorithm, group}}    formats in which somebody reads it
+    on a reader       reads   {name of the value: key}           which inputs it reads quantized
+                      op      pattern name;  rule  index of the recipe's rule
+                      weight  {spec, algorithm} for a layer with a weight
+    on a float op     float   the reason
+
+Readers are chosen from the outputs backwards: anchors (convolution, linear) first; a follower (add) joins if all readers of
+its result are quantized and its backend can fuse it; a carrier (view, max_pool) passes the wish of its readers on to its
+input, with the same scale. A value that a fused producer hands to a follower (conv -> add) stays in the accumulator: it is
+not quantized.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from inc_graph.errors import UnusedRuleWarning
+from inc_graph.graph import get_tensor, inc_meta, is_float, module_path, mutated_attrs, set_level
+from inc_graph.oppattern import OpPattern, pattern_of
+from inc_graph.passmanager import Pass, PassReport, PassResult
+from inc_graph.recipe import OpQuant, Recipe, get_recipe, type_names
+from inc_graph.registry import PASSES
+from inc_graph.spec import PerChannel, QSpec
+
+aten = torch.ops.aten
+
+Key = tuple[str, str]  # text of the QSpec, algorithm: values read under one key share their scale
+
+
+@dataclass
+class _State:
+    """What is known while walking backwards."""
+
+    recipe: Recipe
+    mutated: set[str]
+    wants: dict[fx.Node, dict[Key, QSpec]] = field(default_factory=dict)  # value -> formats wanted
+    reads: dict[fx.Node, dict[fx.Node, Key]] = field(default_factory=dict)  # reader -> value -> format
+    group: dict[tuple[fx.Node, Key], tuple[fx.Node, Key]] = field(default_factory=dict)  # union-find
+    ops: dict[fx.Node, tuple[OpPattern, int, OpQuant]] = field(default_factory=dict)
+    float_: dict[fx.Node, str] = field(default_factory=dict)
+
+    def root(self, item: tuple[fx.Node, Key]) -> tuple[fx.Node, Key]:
+        while self.group.get(item, item) != item:
+            self.group[item] = self.group.get(self.group[item], self.group[item])
+            item = self.group[item]
+        return item
+
+    def want(self, reader: fx.Node, value: fx.Node, key: Key, spec: QSpec) -> None:
+        self.wants.setdefault(value, {})[key] = spec
+        self.reads.setdefault(reader, {})[value] = key
+
+
+@PASSES.register("annotate")
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Write the decisions of the graph's recipe as annotations."""
+
+    name: ClassVar[str] = "annotate"
+    requires: ClassVar[str] = "float"
+    ensures: ClassVar[str] = "annotated"
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        state = _State(get_recipe(gm), mutated_attrs(gm))
+        for node in gm.graph.nodes:
+            if (pattern := pattern_of(node)) is not None and pattern.role == "anchor":
+                _anchor(gm, node, pattern, state)
+        for node in reversed(gm.graph.nodes):
+            _reader(node, state)
+        _write(gm, state)
+        _say_unused(gm, state.recipe)
+        set_level(gm, "annotated")
+        matched = [n.name for n in gm.graph.nodes if n in state.ops]
+        return PassResult(gm, True, PassReport(matched, [(n.name, r) for n, r in state.float_.items()]))
+
+
+# ------------------------------------------------------------------------------------------------------- who takes part
+def _rule(node: fx.Node, pattern: OpPattern, state: _State) -> tuple[int, OpQuant] | str:
+    found = state.recipe.resolve(node, pattern)
+    if found is None:
+        return "no rule of the recipe speaks of it"
+    index, rule = found
+    if rule.what is None:
+        return f"kept float by {rule.origin or rule.where}"
+    supported = state.recipe.supported
+    if supported is not None and pattern.name not in supported and rule.where.kind == "all":
+        return f"backend '{state.recipe.backend}' has no quantized kernel for {pattern.name}"
+    return index, rule.what
+
+
+def _anchor(gm: fx.GraphModule, node: fx.Node, pattern: OpPattern, state: _State) -> None:
+    rule = _rule(node, pattern, state)
+    if isinstance(rule, str):
+        state.float_[node] = rule
+        return
+    index, what = rule
+    reason = pattern.check(node) or _bad_inputs(pattern, node, state) or _bad_weight(gm, pattern, node, state)
+    if reason is None and pattern.inputs and what.activation is None and pattern.weight is None:
+        reason = "it has no weight, and the rule quantizes weights only"
+    if reason:
+        state.float_[node] = reason
+    else:
+        state.ops[node] = (pattern, index, what)
+
+
+def _bad_inputs(pattern: OpPattern, node: fx.Node, state: _State) -> str | None:
+    if not is_float(node):
+        return f"its result is {getattr(node.meta.get('val'), 'dtype', 'not one tensor')}, not floating point"
+    for value in pattern.activations(node):
+        if not is_float(value):
+            return f"input {value.name} is not floating point"
+        if value.op == "get_attr" and value.target in state.mutated:
+            return f"input {value.target} is a buffer that the model writes to"
+    return None
+
+
+def _bad_weight(gm: fx.GraphModule, pattern: OpPattern, node: fx.Node, state: _State) -> str | None:
+    if pattern.weight is None:
+        return None
+    weight: Any = node.args[pattern.weight]
+    if weight.op != "get_attr":
+        return "its weight is computed at run time, not a parameter"
+    if weight.target in state.mutated:
+        return f"its weight {weight.target} is a buffer that the model writes to"
+    tensor = get_tensor(gm, weight)
+    if tensor.is_meta:
+        return f"its weight {weight.target} is on the meta device and has no values"
+    if not tensor.is_floating_point():
+        return f"its weight {weight.target} is {tensor.dtype}, not floating point"
+    if not bool(torch.isfinite(tensor).all()):
+        return f"its weight {weight.target} holds NaN or infinity"
+    return None
+
+
+def _reader(node: fx.Node, state: _State) -> None:
+    pattern = pattern_of(node)
+    if node in state.ops:
+        pattern, _, what = state.ops[node]
+        if what.activation is not None:
+            key = (str(what.activation), what.act_algorithm)
+            for value in pattern.activations(node):
+                state.want(node, value, key, what.activation)
+    elif pattern is None or node in state.float_:
+        return
+    elif pattern.role == "follower":
+        _follower(node, pattern, state)
+    elif pattern.role == "carrier":
+        _carrier(node, pattern, state)
+
+
+def _quantized_readers(node: fx.Node, state: _State) -> Key | None:
+    """The key under which every user of `node` reads it, or None."""
+    keys = {state.reads.get(user, {}).get(node) for user in node.users}
+    return keys.pop() if len(keys) == 1 else None
+
+
+def _end(node: fx.Node) -> fx.Node:
+    """`node`, or the activation function that is its only user."""
+    if len(node.users) == 1:
+        (user,) = node.users
+        if (pattern := pattern_of(user)) is not None and pattern.role == "activation":
+            return user
+    return node
+
+
+def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
+    key = _quantized_readers(_end(node), state)
+    if key is None:
+        state.float_[node] = "not every reader of its result is quantized, so int8 would only add conversions"
+        return
+    rule = _rule(node, pattern, state)
+    reason = rule if isinstance(rule, str) else pattern.check(node) or _bad_inputs(pattern, node, state)
+    if reason:
+        state.float_[node] = str(reason)
+        return
+    index, what = rule  # type: ignore[misc]
+    if what.activation is None:
+        state.float_[node] = "the rule quantizes weights only"
+        return
+    inputs = list(pattern.activations(node))
+    # the later layer of the two can keep its sum in the accumulator; which comes later is the graph's order
+    fused = [v for v in inputs if v in state.ops and len(v.users) == 1 and state.ops[v][0].weight is not None]
+    if not fused and state.recipe.supported is not None and state.recipe.rules[index].where.kind == "all":
+        state.float_[node] = "no operand comes straight from a quantized layer that could absorb it"
+        return
+    absorbed = max(fused, key=_position(state)) if fused else None
+    state.ops[node] = (pattern, index, what)
+    own = (str(what.activation), what.act_algorithm)
+    for value in inputs:
+        if value is not absorbed:
+            state.want(node, value, own, what.activation)
+
+
+def _position(state: _State):
+    order = {n: i for i, n in enumerate(state.ops)}
+    return lambda n: order[n]
+
+
+def _carrier(node: fx.Node, pattern: OpPattern, state: _State) -> None:
+    key = _quantized_readers(node, state)
+    if key is None or not is_float(node) or pattern.check(node) or _bad_inputs(pattern, node, state):
+        return
+    spec = state.wants[node][key]
+    if spec.block(1) != (-1,):  # only one scale for the whole tensor survives moving elements around
+        return
+    for value in pattern.activations(node):
+        state.want(node, value, key, spec)
+        a, b = state.root((node, key)), state.root((value, key))
+        state.group[a] = b
+        state.group.setdefault(b, b)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def _write(gm: fx.GraphModule, state: _State) -> None:
+    keys: dict[Key, str] = {}
+    for value, formats in state.wants.items():
+        quant = inc_meta(value).setdefault("quant", {})
+        for key, spec in formats.items():
+            root, _ = state.root((value, key))
+            short = keys.setdefault(key, str(len(keys)))
+            quant[short] = {"spec": spec.to_json(), "algorithm": key[1], "group": root.name}
+    for reader, values in state.reads.items():
+        inc_meta(reader)["reads"] = {v.name: keys[key] for v, key in values.items()}
+        if reader not in state.ops and (pattern := pattern_of(reader)) is not None:
+            inc_meta(reader)["op"] = pattern.name
+    for node, (pattern, index, what) in state.ops.items():
+        meta = inc_meta(node)
+        meta["op"], meta["rule"] = pattern.name, index
+        if pattern.weight is not None and what.weight is not None:
+            spec = _weight_spec(what.weight, pattern, node)
+            meta["weight"] = {"spec": spec.to_json(), "algorithm": what.weight_algorithm}
+            if what.bias_correction and pattern.name != "embedding" and what.activation is not None:
+                meta["weight"]["correct_bias"] = True
+    for node in gm.graph.nodes:
+        if node in state.float_ and node not in state.ops:
+            inc_meta(node)["float"] = state.float_[node]
+        elif node.op == "call_function" and node not in state.ops and node not in state.reads:
+            if (reason := _why_float(node)) is not None:
+                inc_meta(node)["float"] = reason
+
+
+def _weight_spec(spec: QSpec, pattern: OpPattern, node: fx.Node) -> QSpec:
+    if isinstance(spec.granularity, PerChannel):
+        return replace(spec, granularity=PerChannel(pattern.axis(node)))
+    return spec
+
+
+def _why_float(node: fx.Node) -> str | None:
+    """Reason for an operator that no rule could have taken; None for what is not worth a line in a report."""
+    pattern = pattern_of(node)
+    if not is_float(node) and pattern is None:
+        return None
+    if pattern is None:
+        computes = getattr(node.target, "namespace", None) is not None
+        return "no quantization pattern for this operator" if computes else None
+    if pattern.role == "opaque":
+        return pattern.reason
+    return None  # carriers and activation functions follow their neighbours
+
+
+def _say_unused(gm: fx.GraphModule, recipe: Recipe) -> None:
+    """Warn of every rule that speaks of no operator of the graph."""
+    nodes = [(module_path(n), n.name, type_names(n, p)) for n in gm.graph.nodes if (p := pattern_of(n)) is not None]
+    for rule in recipe.rules:
+        if rule.where.kind != "all" and not any(rule.where.matches(p, t) or rule.where.matches(n, t) for p, n, t in nodes):
+            warnings.warn(f"{rule.origin or rule.where} matched no operator of the model", UnusedRuleWarning, stacklevel=2)

@@ -1,0 +1,51 @@
+"""Sums and products of two tensors: worth quantizing only between quantized neighbours."""
+
+import operator
+
+import torch
+from torch import fx
+
+from inc_graph.oppattern import OpPattern, argument, register_pattern
+
+aten = torch.ops.aten
+
+
+def _two_tensors(node: fx.Node) -> str | None:
+    for position in (0, 1):
+        other = argument(node, position)
+        value = other.meta.get("val") if isinstance(other, fx.Node) else None
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            return "one operand is a number or an integer tensor"
+    return None
+
+
+def _add(node: fx.Node) -> str | None:
+    if node.kwargs.get("alpha", 1) != 1:
+        return "alpha is not 1"
+    return _two_tensors(node)
+
+
+register_pattern(
+    OpPattern("add", (aten.add.Tensor,), role="follower", inputs=(0, 1), modules=(torch.add, operator.add), check=_add)
+)
+register_pattern(
+    OpPattern(
+        "mul", (aten.mul.Tensor,), role="follower", inputs=(0, 1), modules=(torch.mul, operator.mul), check=_two_tensors
+    )
+)
+register_pattern(
+    OpPattern(
+        "avg_pool",
+        (
+            aten.avg_pool1d.default,
+            aten.avg_pool2d.default,
+            aten.avg_pool3d.default,
+            aten.adaptive_avg_pool1d.default,
+            aten.adaptive_avg_pool2d.default,
+            aten.adaptive_avg_pool3d.default,
+            aten.mean.dim,
+        ),
+        role="follower",
+        modules=(torch.nn.AvgPool2d, torch.nn.AdaptiveAvgPool2d, torch.mean),
+    )
+)

@@ -1,0 +1,23 @@
+"""Recurrent layers: known, and left float with the reason."""
+
+import torch
+from torch import nn
+
+from inc_graph.oppattern import OpPattern, register_pattern
+
+aten = torch.ops.aten
+
+for name, targets, module in (
+    ("lstm", (aten.lstm.input, aten.lstm.data), nn.LSTM),
+    ("gru", (aten.gru.input, aten.gru.data), nn.GRU),
+    ("rnn", (aten.rnn_tanh.input, aten.rnn_relu.input, aten.rnn_tanh.data, aten.rnn_relu.data), nn.RNN),
+):
+    register_pattern(
+        OpPattern(
+            name,
+            targets,
+            role="opaque",
+            modules=(module,),
+            reason="a recurrent state is fed back through every step; static ranges do not fit it and no backend has a kernel",
+        )
+    )

@@ -1,0 +1,72 @@
+"""Operators that move values without changing them: their output keeps the scale of their input."""
+
+import torch
+from torch import fx
+
+from inc_graph.oppattern import OpPattern, argument, register_pattern
+
+aten = torch.ops.aten
+
+
+def _pad(node: fx.Node) -> str | None:
+    mode, value = argument(node, 2), argument(node, 3)
+    if mode == "constant" and value not in (None, 0, 0.0):
+        return f"padding with {value}: only zero is exact at every scale"
+    return None
+
+
+_RESHAPE = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.movedim.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+)
+_SELECT = (
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.narrow.default,
+    aten.index_select.default,
+    aten.flip.default,
+    aten.roll.default,
+    aten.repeat.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
+)
+
+register_pattern(OpPattern("reshape", _RESHAPE, role="carrier", modules=(torch.reshape, torch.flatten, torch.nn.Flatten)))
+register_pattern(OpPattern("select", _SELECT, role="carrier", modules=(torch.nn.PixelShuffle,)))
+register_pattern(OpPattern("pad", (aten.pad.default,), role="carrier", modules=(torch.nn.functional.pad,), check=_pad))
+register_pattern(
+    OpPattern("cat", (aten.cat.default, aten.stack.default), role="carrier", modules=(torch.cat, torch.stack))
+)
+register_pattern(
+    OpPattern(
+        "max_pool",
+        (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+        role="carrier",
+        modules=(torch.nn.MaxPool1d, torch.nn.MaxPool2d, torch.nn.MaxPool3d),
+    )
+)
+register_pattern(
+    OpPattern(
+        "upsample_nearest",
+        (aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
+        role="carrier",
+        modules=(torch.nn.Upsample,),
+    )
+)
