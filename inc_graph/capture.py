@@ -50,6 +50,11 @@ _HINTS = (
         "the model decides on tensor values in Python: write that part with torch.cond or torch.where, or leave out "
         "the example inputs, so that it is quantized layer by layer",
     ),
+    (
+        ("not a known type", "register a pytree"),
+        "take and return tensors in tuples, lists and dicts (transformers: use_cache=False), or register the type as a "
+        "pytree node",
+    ),
     (("missing", "unexpected keyword", "positional argument"), "example inputs must be what model.forward takes"),
 )
 _DEFAULT_HINT = (
@@ -273,9 +278,11 @@ def _check_leaves(inputs: dict[str, Any], flat: list[Any]) -> None:
 
 def check_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: CaptureError if an input's shape is not one that the graph was captured for."""
+    if torch.compiler.is_compiling():  # the compiler has guards of its own
+        return
     info = getattr(gm.graph._codegen, "pytree_info", None)
     inputs = gm.meta.get("inc", {}).get("inputs")
-    if info is None or inputs is None or torch.compiler.is_compiling():
+    if info is None or inputs is None:
         return
     names = list(info.orig_args)
     bound = {**dict(zip(names, args, strict=False)), **kwargs}

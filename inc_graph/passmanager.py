@@ -128,7 +128,7 @@ class Pipeline:
             except Exception as e:
                 done = ", ".join(n for n, _ in timings)
                 raise PassError(
-                    f"pass {p.name!r} failed after [{done}]: {e.message if isinstance(e, IncError) else e!r}",
+                    f"pass {p.name!r} failed after [{done}]: {e.message if isinstance(e, IncError) else _short(e)}",
                     **{k: getattr(e, k, None) for k in ("node", "module", "hint")},
                 ) from e
             result.report.name = p.name
@@ -137,6 +137,12 @@ class Pipeline:
             timings.append((p.name, seconds))
             dump.write(p.name, gm)
         return PipelineResult(gm, reports, timings)
+
+
+def _short(e: Exception, limit: int = 400) -> str:
+    """torch puts whole graphs into its messages; the cause is chained, so its head is enough here."""
+    text = f"{type(e).__name__}: {e}"
+    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def _check_requires(p: Pass, gm: fx.GraphModule) -> None:

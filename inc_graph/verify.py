@@ -120,7 +120,9 @@ def _attr_exists(node: fx.Node, facts: _Facts) -> str | None:
         value = get_attr(facts.gm, _target(node))
     except IncError as e:
         return e.message
-    return None if isinstance(value, torch.Tensor | nn.Module) else f"{node.target} is a {type(value).__name__}"
+    if facts.level == "lowered" or isinstance(value, torch.Tensor | nn.Module):  # a backend has objects of its own
+        return None
+    return f"{node.target} is a {type(value).__name__}"
 
 
 def _has_val(node: fx.Node, facts: _Facts) -> str | None:
@@ -143,6 +145,8 @@ def _known_target(node: fx.Node, facts: _Facts) -> str | None:
     target = node.target
     if getattr(target, "__name__", "") in _REGIONS:
         return "grad-mode and autocast regions must be written out"
+    if facts.level == "lowered" and getattr(target, "__module__", "").startswith("inc_graph.lowering"):
+        return None
     known = torch._ops.OpOverload | torch._ops.HigherOrderOperator
     if isinstance(target, known) or getattr(target, "__module__", "") in ("_operator", "operator", "math", "torch"):
         return None
@@ -211,33 +215,48 @@ def _specs_parse(node: fx.Node, facts: _Facts) -> str | None:
     return None
 
 
-def _specs_on_floats(node: fx.Node, facts: _Facts) -> str | None:
-    """`output` annotates the node's value, `inputs.<name or position>` an argument; any other place, either."""
-    for where, _ in _specs(peek_meta(node)):
-        head, _, rest = where.partition(".")
-        if head == "output":
-            sites = [node]
-        elif head == "inputs":
-            sites = _input_sites(node, rest.partition(".")[0], facts)
-        else:
-            sites = [node, *node.all_input_nodes]
-            if any(is_float(s) for s in sites):
-                continue
-        for site in sites:
-            if val(site) is not None and not is_float(site):
-                return f"annotation '{where}' on {site.name}, which is {dtype(site) or 'not one tensor'}"
-            if site.op == "get_attr" and site.target in facts.mutated:
-                return f"annotation '{where}' on {site.target}, which the graph writes to"
+def _quantized_values(node: fx.Node, facts: _Facts) -> str | None:
+    """`quant` stands on a float tensor that the graph does not write to, and somebody reads it in each of its formats."""
+    quant = peek_meta(node).get("quant", {})
+    if not quant:
+        return None
+    if not is_float(node):
+        return f"quantized value is {dtype(node) or 'not one tensor'}"
+    if node.op == "get_attr" and node.target in facts.mutated:
+        return f"quantized value {node.target} is a buffer that the graph writes to"
+    read = {peek_meta(r).get("reads", {}).get(node.name) for r in _readers(node)}
+    unread = set(quant) - read
+    return f"no reader wants it in format {', '.join(sorted(unread))}" if unread else None
+
+
+def _reads_exist(node: fx.Node, facts: _Facts) -> str | None:
+    """`reads` names inputs of the node, in formats that those values are annotated with."""
+    for name, key in peek_meta(node).get("reads", {}).items():
+        source = facts.names.get(name)
+        if source is None or node not in _readers(source):
+            return f"reads {name!r}, which is not an input"
+        if key not in peek_meta(source).get("quant", {}):
+            return f"reads {name!r} in format {key!r}, which it is not annotated with"
     return None
 
 
-def _input_sites(node: fx.Node, key: str, facts: _Facts) -> list[fx.Node]:
-    if key.isdigit() and int(key) < len(_args(node)):
-        value = _args(node)[int(key)]
-        values = value if isinstance(value, list | tuple) else [value]
-        return [v for v in values if isinstance(v, fx.Node)]
-    named = facts.names.get(key)
-    return [named] if named is not None and named in node.all_input_nodes else []
+def _weights_are_constants(node: fx.Node, facts: _Facts) -> str | None:
+    """`weight` stands on a call that has a float attribute, which the graph does not write to, among its inputs."""
+    if "weight" not in peek_meta(node):
+        return None
+    attrs = [n for n in node.all_input_nodes if n.op == "get_attr" and is_float(n)]
+    if not attrs:
+        return "annotated with a weight, but reads no float attribute"
+    written = [n.target for n in attrs if n.target in facts.mutated]
+    return f"weight {written[0]} is a buffer that the graph writes to" if written else None
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Users, with observers looked through."""
+    found = []
+    for user in node.users:
+        found += _readers(user) if user.op == "call_module" else [user]
+    return found
 
 
 def _observer_is_identity(node: fx.Node, facts: _Facts) -> str | None:
@@ -323,6 +342,11 @@ def _same_shape(a: Any, b: Any) -> bool:
 
 
 _BEFORE = (("no operators of ours", _no_dialect), ("annotations are specs", _specs_parse))
+_ANNOTATED: tuple[tuple[str, Check], ...] = (
+    ("quantized values are floats", _quantized_values),
+    ("readers read what is quantized", _reads_exist),
+    ("weights are constants", _weights_are_constants),
+)
 _QDQ: tuple[tuple[str, Check], ...] = (
     ("only floats are quantized", _quantizes_floats),
     ("codes are of their qtype", _carrier),
@@ -330,12 +354,12 @@ _QDQ: tuple[tuple[str, Check], ...] = (
 )
 _RULES: dict[str, tuple[tuple[str, Check], ...]] = {
     "float": (*_COMMON, *_BEFORE, ("no submodules", _no_modules)),
-    "annotated": (*_COMMON, *_BEFORE, ("no submodules", _no_modules), ("annotations are on floats", _specs_on_floats)),
+    "annotated": (*_COMMON, *_BEFORE, ("no submodules", _no_modules), *_ANNOTATED),
     "observed": (
         *_COMMON,
         *_BEFORE,
         ("observers change nothing", _observer_is_identity),
-        ("annotations are on floats", _specs_on_floats),
+        *_ANNOTATED,
     ),
     "qdq": (*_COMMON, ("no submodules", _no_modules), *_QDQ),
     "lowered": (*_COMMON[:3], _COMMON[4], ("no observers", _no_observers), *_QDQ),

