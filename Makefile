@@ -37,7 +37,7 @@ $(BENCH): $(STAMP)
 	@touch $@
 
 demo: $(STAMP) ## quantize two real models to int8 and print what was gained
-	$(BIN)/python examples/quantize_two_models.py
+	$(BIN)/python -m examples.quantize_two_models
 
 test: $(STAMP) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow and not bench" $(PYTEST_ARGS)
