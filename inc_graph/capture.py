@@ -129,7 +129,7 @@ def _normalize(exported: fx.GraphModule, program: Any, training: bool) -> fx.Gra
     if training:
         _read_copies(gm)
     erase_dead(gm)
-    _own_mutated(gm)
+    own_mutated(gm)
     gm.meta["inc"]["inputs"] = _describe_inputs(gm, program.range_constraints)
     gm.register_forward_pre_hook(check_inputs, with_kwargs=True)
     return gm
@@ -219,7 +219,7 @@ def _read_copies(gm: fx.GraphModule) -> None:
             replace_uses(node, insert_call(gm, aten.clone.default, (node,), before=readers[0]), readers)
 
 
-def _own_mutated(gm: fx.GraphModule) -> None:
+def own_mutated(gm: fx.GraphModule) -> None:
     """Give buffers the graph writes to (and tensors that alias them) memory of their own."""
     copies: dict[Any, torch.UntypedStorage] = {}
     for path in sorted(mutated_attrs(gm)):
@@ -242,7 +242,8 @@ def _describe_inputs(gm: fx.GraphModule, ranges: Any) -> dict[str, Any]:
     for node in gm.graph.find_nodes(op="placeholder"):
         value = val(node)
         if isinstance(value, torch.Tensor):
-            described.append({"name": node.name, "shape": [d if isinstance(d, int) else str(d) for d in value.shape]})
+            sizes = [d if isinstance(d, int) else str(d) for d in value.shape]
+            described.append({"name": node.name, "shape": sizes, "form": _form(value)})
         elif value is None or isinstance(value, int | float | str | bool):
             described.append({"name": node.name, "value": value})
         else:
@@ -254,14 +255,21 @@ def _describe_inputs(gm: fx.GraphModule, ranges: Any) -> dict[str, Any]:
     return {"leaves": described, "ranges": limits}
 
 
-@torch.compiler.disable
+def _form(x: Any) -> str:
+    """dtype and layout of a tensor, such as "float32 strided"; the class of anything else."""
+    return f"{x.dtype} {x.layout}".replace("torch.", "") if isinstance(x, torch.Tensor) else type(x).__name__
+
+
 def _check_leaves(inputs: dict[str, Any], flat: list[Any]) -> None:
     sizes: dict[str, int] = {}
     for leaf, got in zip(inputs["leaves"], flat, strict=True):
         if "value" in leaf and not isinstance(got, torch.Tensor) and got != leaf["value"]:
             raise CaptureError(f"input {leaf['name']!r} was captured as the constant {leaf['value']!r}, got {got!r}")
-        if "shape" not in leaf or not isinstance(got, torch.Tensor):
+        if "shape" not in leaf:
             continue
+        if _form(got) != leaf["form"]:
+            what = f"input {leaf['name']!r} is {_form(got)}, the model was captured for {leaf['form']}"
+            raise CaptureError(what, hint="convert the input, or capture the model again with inputs of this kind")
         want, have = leaf["shape"], list(got.shape)
         good = len(want) == len(have)
         for w, h in zip(want, have, strict=False):

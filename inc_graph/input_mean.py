@@ -18,6 +18,11 @@ class MeanObserver(nn.Module):
         kind: "channels": mean over all dimensions but the last, ``[channels]``. "map": mean over the batch only,
             ``[channels, *spatial]``; if batches come in several sizes, mean over batch and space, ``[channels, 1, ...]``.
         node, module: The layer, for messages.
+
+    Attributes:
+        count: Rows that the mean is over.
+        enabled: False makes it a bare identity.
+        varied: True once maps of several sizes came in.
     """
 
     def __init__(self, kind: str, node: str = "", module: str = "") -> None:
@@ -25,25 +30,29 @@ class MeanObserver(nn.Module):
         if kind not in ("channels", "map"):
             raise ConfigError(f"kind must be 'channels' or 'map', not {kind!r}")
         self.kind, self.node, self.module_path = kind, node, module
-        self.count = 0
+        self.count, self.varied = 0, False
+        self.enabled = True
+        self.total: Tensor | None
         self.register_buffer("total", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
-        if not (isinstance(x, FakeTensor) or x.is_meta) and x.numel():
+        if self.enabled and not (isinstance(x, FakeTensor) or x.is_meta) and x.numel():
             with torch.inference_mode(False), torch.no_grad():
                 self._add(x.detach())
         return x
 
     def _add(self, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]) if self.kind == "channels" else x
-        mean, n = rows.double().mean(0).float(), rows.shape[0]
-        if self.total is not None and self.total.shape != mean.shape:
-            space = list(range(1, mean.ndim))
-            mean = mean.mean(space, keepdim=True)
-            self.total = self.total.mean(space, keepdim=True)
-        self.total = mean * n if self.total is None else self.total + mean * n
-        self.count += n
+        total = rows.sum(0, dtype=torch.float64)
+        if self.total is not None and (self.varied or self.total.shape != total.shape):
+            space = list(range(1, total.ndim))
+            # every row counts the same, whatever its size
+            total, old = total.mean(space, keepdim=True), self.total.mean(space, keepdim=True)
+            self.total, self.varied = old + total, True
+        else:
+            self.total = total if self.total is None else self.total + total
+        self.count += len(rows)
 
     def mean(self) -> Tensor:
         """The mean, float32, shaped as `kind` says. CalibrationError without data."""
@@ -52,7 +61,7 @@ class MeanObserver(nn.Module):
                 "saw no data", node=self.node or None, module=self.module_path,
                 hint="run calibration data through the prepared model before converting it",
             )  # fmt: skip
-        return self.total / self.count
+        return (self.total / self.count).float()
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.node!r}, rows={self.count}"

@@ -14,6 +14,7 @@ Roles:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from torch import fx
 from inc_graph.errors import PatternError
 from inc_graph.registry import PATTERNS
 
-__all__ = ["ROLES", "OpPattern", "argument", "call_args", "pattern_of", "register_pattern"]
+__all__ = ["ROLES", "OpPattern", "argument", "pattern_of", "register_pattern", "set_arguments"]
 
 ROLES = ("anchor", "follower", "carrier", "activation", "opaque")
 
@@ -38,6 +39,8 @@ class OpPattern:
         role: One of `ROLES`.
         inputs: Argument positions of activations to quantize. A position may hold a list of nodes (cat).
         weight: Argument position of the weight, None if there is none.
+        bias: Argument position of the bias, None if the operator takes none. It is added to dimension 1 of the result
+            (`linear`: to the last one); passes that fold or correct a bias leave operators without one alone.
         channel_axis: Dimension of the weight that indexes output channels; a callable takes the node.
         modules: Classes and functions that a user may name instead (`torch.nn.Conv2d`, `torch.matmul`).
         check: Extra condition; gives a reason to refuse the node, or None.
@@ -49,6 +52,7 @@ class OpPattern:
     role: str = "anchor"
     inputs: tuple[int, ...] = (0,)
     weight: int | None = None
+    bias: int | None = None
     channel_axis: int | Callable[[fx.Node], int] = 0
     modules: tuple[Any, ...] = ()
     check: Callable[[fx.Node], str | None] = field(default=lambda node: None, repr=False)
@@ -74,7 +78,8 @@ class OpPattern:
 def register_pattern(pattern: OpPattern) -> OpPattern:
     """Add a pattern to the registry under its name. IncError if the name is taken."""
     _INDEX.clear()
-    return PATTERNS.add(pattern.name, pattern)
+    owner = str(sys._getframe(1).f_globals.get("__name__", "?"))
+    return PATTERNS.add(pattern.name, pattern, owner=owner)
 
 
 _INDEX: dict[Any, OpPattern] = {}
@@ -85,21 +90,31 @@ def pattern_of(node: fx.Node) -> OpPattern | None:
     if node.op != "call_function":
         return None
     if not _INDEX:
-        for name, pattern in PATTERNS.items():
-            for target in pattern.targets:
-                if target in _INDEX:
-                    raise PatternError(f"{target} is claimed by the patterns '{_INDEX[target].name}' and '{name}'")
-                _INDEX[target] = pattern
-    return _INDEX.get(node.target)
+        _INDEX.update(_index())
+    found = _INDEX.get(node.target)
+    if found is not None and found.name not in PATTERNS:  # removed since
+        _INDEX.clear()
+        return pattern_of(node)
+    return found
 
 
-def call_args(node: fx.Node) -> list[Any]:
-    """Arguments of an operator call by position, keyword arguments and the schema's defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = list(node.args)
-    for argument_ in schema.arguments[len(given) :]:
-        given.append(node.kwargs.get(argument_.name, argument_.default_value))
-    return given
+def _index() -> dict[Any, OpPattern]:
+    index: dict[Any, OpPattern] = {}
+    for name, pattern in PATTERNS.items():
+        for target in pattern.targets:
+            if target in index:
+                raise PatternError(f"{target} is claimed by the patterns '{index[target].name}' and '{name}'")
+            index[target] = pattern
+    return index
+
+
+def set_arguments(node: fx.Node, new: dict[int, Any]) -> None:
+    """Set arguments of an operator call by position; those before them are spelled out, nothing is given twice."""
+    args = [argument(node, i) for i in range(max(len(node.args), *(i + 1 for i in new)))]
+    for position, value in new.items():
+        args[position] = value
+    names = [a.name for a in node.target._schema.arguments[: len(args)]]  # type: ignore[union-attr]
+    node.args, node.kwargs = tuple(args), {k: v for k, v in node.kwargs.items() if k not in names}
 
 
 def argument(node: fx.Node, position: int) -> Any:

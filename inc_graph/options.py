@@ -10,7 +10,7 @@ from inc_graph.errors import ConfigError
 
 __all__ = ["make_estimator", "parse_algorithm"]
 
-_FORM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\{(.*)\})?\s*", re.S)
+_FORM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\{([^{}]*)\})?\s*", re.S)
 
 
 def parse_algorithm(text: str) -> tuple[str, dict[str, Any]]:
@@ -23,7 +23,9 @@ def parse_algorithm(text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"algorithm {text!r}: expected option=value, found {part!r}")
-        options[key.strip()] = _value(value.strip())
+        if (key := key.strip()) in options:
+            raise ConfigError(f"algorithm {text!r}: option {key!r} given twice")
+        options[key] = _value(value.strip())
     return found[1], options
 
 

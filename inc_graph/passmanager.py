@@ -15,6 +15,7 @@ import os
 import re
 import time
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,10 +103,17 @@ class Pipeline:
         """From `name{option=value,...},name,...`. PassError on bad text, UnknownNameError on an unknown pass."""
         return cls(_Parser(text).passes())
 
-    def run(self, gm: fx.GraphModule, *, verify_each: bool | None = None) -> PipelineResult:
+    def run(
+        self,
+        gm: fx.GraphModule,
+        *,
+        verify_each: bool | None = None,
+        on_pass: Callable[[str], None] = lambda name: None,
+    ) -> PipelineResult:
         """Run the passes in order. PassError names the pass that failed and the ones before it.
 
         `verify_each` (default: `INC_VERIFY=1`) checks the graph, and that a pass which reports no change made none.
+        `on_pass` is told the name of each pass before it runs.
         """
         checking = os.environ.get("INC_VERIFY") == "1" if verify_each is None else verify_each
         dump = _Dump(os.environ.get("INC_DUMP"), gm)
@@ -113,6 +121,7 @@ class Pipeline:
         reports: list[PassReport] = []
         timings: list[tuple[str, float]] = []
         for p in self.passes:
+            on_pass(p.name)
             before = to_text(gm) if checking else ""
             start = time.perf_counter()
             try:
@@ -141,7 +150,7 @@ class Pipeline:
 
 def _short(e: Exception, limit: int = 400) -> str:
     """torch puts whole graphs into its messages; the cause is chained, so its head is enough here."""
-    text = f"{type(e).__name__}: {e}"
+    text = repr(e)
     return text if len(text) <= limit else text[:limit] + " ..."
 
 

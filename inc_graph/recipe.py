@@ -3,20 +3,25 @@
 `prepare` and `convert` know recipes and pipelines only. A recipe is JSON-able and rides in `gm.meta["inc"]["recipe"]`, so
 that convert, saving and inspection see the decisions that prepare was given. The most specific rule wins; among equals, the
 one said last.
+
+A name is the path of a module, as a regular expression that is matched at its start. An operator that is a function call
+has no module of its own (`torch.matmul` in somebody's forward): it can be named by its name in the graph, in full.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import fx
 
 from inc_graph.errors import ConfigError
-from inc_graph.graph import module_path, module_type
+from inc_graph.graph import module_path, module_type, peek_meta
 from inc_graph.oppattern import OpPattern
+from inc_graph.registry import PATTERNS
 from inc_graph.spec import QSpec
 
 __all__ = ["KINDS", "OpQuant", "Recipe", "Where", "WhereRule", "get_recipe", "set_recipe"]
@@ -29,7 +34,7 @@ class Where:
     """Which operators a rule speaks of.
 
     Attributes:
-        kind: "all", "type" (operator type, module class) or "name" (regex matched at the start of the module path).
+        kind: "all", "type" (operator type, module class) or "name" (see the head of this file).
         value: The type's name or the regex; '' for "all".
     """
 
@@ -38,20 +43,22 @@ class Where:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(f"where.kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
+            raise ConfigError(f"Where.kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
         if self.kind == "name":
             try:
                 re.compile(self.value)
             except re.error as e:
                 raise ConfigError(f"{self.value!r} is not a regular expression: {e}") from e
 
-    def matches(self, path: str, type_names: frozenset[str]) -> bool:
-        """Whether an operator in module `path`, known under `type_names`, is meant."""
+    def matches(self, node: fx.Node, pattern: OpPattern) -> bool:
+        """Whether this operator is meant."""
         if self.kind == "all":
             return True
         if self.kind == "type":
-            return self.value in type_names
-        return re.match(self.value, path) is not None
+            return self.value in type_names(node, pattern)
+        if re.match(self.value, module_path(node)) is not None:
+            return True
+        return self.value == node.name and module_type(node) not in _type_names(pattern, node.target, None, None)
 
     def __str__(self) -> str:
         return self.kind if self.kind == "all" else f"{self.kind} {self.value!r}"
@@ -86,7 +93,11 @@ class OpQuant:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OpQuant:
-        specs = {k: data[k] and QSpec.from_json(data[k]) for k in ("activation", "weight")}
+        _same_keys(data, cls)
+        for key in ("act_algorithm", "weight_algorithm"):
+            _need(isinstance(data[key], str), cls, key, data[key])
+        _need(isinstance(data["bias_correction"], bool), cls, "bias_correction", data["bias_correction"])
+        specs = {k: None if data[k] is None else QSpec.from_json(data[k]) for k in ("activation", "weight")}
         return cls(**{**data, **specs})
 
 
@@ -104,13 +115,21 @@ class WhereRule:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WhereRule:
-        return cls(Where(**data["where"]), data["what"] and OpQuant.from_json(data["what"]), data["origin"])
+        _same_keys(data, cls)
+        _same_keys(data["where"], Where)
+        _need(isinstance(data["where"]["value"], str), Where, "value", data["where"]["value"])
+        _need(isinstance(data["origin"], str), cls, "origin", data["origin"])
+        what = None if data["what"] is None else OpQuant.from_json(data["what"])
+        return cls(Where(**data["where"]), what, data["origin"])
 
     def __str__(self) -> str:
         what = self.what
         if what is None:
             return f"{self.where} -> float"
-        parts = [f"activation {what.activation}" if what.activation else "", f"weight {what.weight}" if what.weight else ""]
+        parts = [
+            f"activation {what.activation}" if what.activation else "",
+            f"weight {what.weight}" if what.weight else "",
+        ]
         return f"{self.where} -> {', '.join(p for p in parts if p)}"
 
 
@@ -137,12 +156,11 @@ class Recipe:
 
     def resolve(self, node: fx.Node, pattern: OpPattern) -> tuple[int, WhereRule] | None:
         """The rule for `node` and its index, or None if no rule speaks of it."""
-        path, names = module_path(node), type_names(node, pattern)
         best: tuple[int, int] | None = None
         for i, rule in enumerate(self.rules):
-            if rule.where.matches(path, names) or (rule.where.kind == "name" and rule.where.matches(node.name, names)):
-                rank = (KINDS.index(rule.where.kind), i)
-                best = rank if best is None or rank > best else best
+            rank = (KINDS.index(rule.where.kind), i)
+            if (best is None or rank > best) and rule.where.matches(node, pattern):
+                best = rank
         return None if best is None else (best[1], self.rules[best[1]])
 
     def to_json(self) -> dict[str, Any]:
@@ -157,9 +175,15 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """Inverse of `to_json`. ConfigError or SpecError that names the field if the data is not of that form."""
+        _same_keys(data, cls)
+        for key in ("method", "prepare", "convert", "backend"):
+            _need(isinstance(data[key], str), cls, key, data[key])
+        _need(isinstance(data["rules"], list), cls, "rules", data["rules"])
+        supported = data["supported"]
+        _need(supported is None or isinstance(supported, list), cls, "supported", supported)
         rules = tuple(WhereRule.from_json(r) for r in data["rules"])
-        supported = None if data["supported"] is None else tuple(data["supported"])
-        return cls(**{**data, "rules": rules, "supported": supported})
+        return cls(**{**data, "rules": rules, "supported": None if supported is None else tuple(map(str, supported))})
 
     def for_backend(self, name: str, supported: tuple[str, ...] | None) -> Recipe:
         """The same rules aimed at another backend."""
@@ -170,20 +194,43 @@ class Recipe:
 
 
 def type_names(node: fx.Node, pattern: OpPattern) -> frozenset[str]:
-    """Every name a user may call the operator's type by: pattern, aten name, functions, classes, innermost module."""
-    names = {pattern.name, str(node.target), getattr(node.target, "_schema", None) and node.target._schema.name}
+    """Every name a user may call the operator's type by: pattern, aten name, functions, classes, innermost module.
+
+    Where a pass has spelled an operator in another way, also the names of the type it was (`was` in its annotations).
+    """
+    return _type_names(pattern, node.target, module_type(node), peek_meta(node).get("was"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _type_names(pattern: OpPattern, target: Any, inner: str | None, was: str | None) -> frozenset[str]:
+    names = {pattern.name, str(target)}
+    if (schema := getattr(target, "_schema", None)) is not None:
+        names.add(schema.name)
     for module in pattern.modules:
         names |= set(names_of_type(module))
-    inner = module_type(node)
     if inner is not None:
         names |= {inner, inner.rpartition(".")[2]}
-    return frozenset(n for n in names if n)
+    if was is not None and was in PATTERNS:
+        names |= {was, *(n for module in PATTERNS.get(was).modules for n in names_of_type(module))}
+    return frozenset(names)
 
 
 def names_of_type(kind: Any) -> tuple[str, str]:
     """(short, qualified) name of a module class or function."""
     short = getattr(kind, "__name__", str(kind))
     return short, f"{getattr(kind, '__module__', None) or 'torch'}.{getattr(kind, '__qualname__', short)}"
+
+
+def _same_keys(data: Any, cls: type) -> None:
+    names = {f.name for f in fields(cls)}
+    if not isinstance(data, Mapping) or set(data) != names:
+        found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+        raise ConfigError(f"{cls.__name__} has the fields {sorted(names)}, found {found}")
+
+
+def _need(good: bool, cls: type, field_name: str, value: Any) -> None:
+    if not good:
+        raise ConfigError(f"{cls.__name__}.{field_name} cannot be {value!r}")
 
 
 def set_recipe(gm: fx.GraphModule, recipe: Recipe) -> None:

@@ -1,16 +1,17 @@
 """What became of a model: an object that prints as a table.
 
-Every operator of the model that computes is in one of three lists: in a quantized kernel, quantized but on the reference
-implementation, or float with the reason. Nothing is left out in silence.
+Every operator of the model that computes is in one of three lists: in a quantized kernel, quantized but on the
+reference implementation, or float with the reason. Nothing is left out in silence.
 """
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from inc_graph.graph import module_path, peek_meta
@@ -70,7 +71,8 @@ class Report:
 
         console = Console(file=io.StringIO(), width=120, force_terminal=False)
         console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -101,25 +103,50 @@ def _grouped(lines: list[OpLine]) -> dict[tuple[str, str], list[OpLine]]:
     return groups
 
 
+_MOVES = ("split", "split_with_sizes", "unbind", "chunk", "tensor_split")  # several results, nothing computed
+
+
 def read_graph(gm: fx.GraphModule) -> tuple[list[OpLine], list[OpLine]]:
-    """(quantized, float) operators of an annotated or Q-DQ graph, from its annotations."""
+    """(quantized, float) operators of an annotated or Q-DQ graph, from its annotations.
+
+    An operator without annotations that computes on float values, and is no part of another one (a view, an
+    activation), is float too. What makes values of constants or integers only (masks, positions) is left out.
+    """
     quantized, floats = [], []
     for node in gm.graph.nodes:
-        notes = peek_meta(node)
-        pattern = pattern_of(node)
+        notes, pattern = peek_meta(node), pattern_of(node)
         op = notes.get("op") or (pattern.name if pattern else str(node.target).removeprefix("aten.").partition(".")[0])
-        if "float" in notes:
-            floats.append(OpLine(node.name, module_path(node), op, notes["float"]))
-        elif "op" in notes and "rule" in notes:
-            quantized.append(OpLine(node.name, module_path(node), op))
+        line = OpLine(node.name, module_path(node), op, notes.get("float", ""))
+        if pattern is None and not (_computes(node) and op not in _MOVES):
+            continue
+        if "op" in notes and "rule" in notes:
+            quantized.append(line)
+        elif line.detail or pattern is None:
+            floats.append(replace(line, detail=line.detail or "no quantization pattern for this operator"))
     return quantized, floats
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether an operator of the model makes float values of float values that are not constants."""
+    if node.op != "call_function" or getattr(node.target, "namespace", "inc") == "inc":
+        return False
+    return _has_float(node) and any(_has_float(n) for n in node.all_input_nodes if n.op != "get_attr")
+
+
+def _has_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
 
 
 def attribute_bytes(gm: nn.Module) -> int:
     """Bytes of parameters, buffers and packed layers; memory that several names share counts once."""
     seen: dict[Any, int] = {}
     for tensor in [*gm.parameters(), *gm.buffers()]:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr() or id(tensor)] = storage.nbytes()
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr() or id(tensor)] = storage.nbytes()
+        else:  # sparse: the values alone
+            seen[id(tensor)] = tensor._nnz() * tensor.element_size()
     packed = {id(v): v.nbytes() for m in gm.modules() for v in vars(m).values() if callable(getattr(v, "nbytes", None))}
     return sum(seen.values()) + sum(packed.values())

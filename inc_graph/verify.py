@@ -13,6 +13,7 @@ rules need are collected once, so that a check is linear in the size of the grap
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,6 @@ from inc_graph.graph import (
     mutated_attrs,
     peek_meta,
     shape,
-    val,
 )
 from inc_graph.ops import is_choose_qparams, is_dequantize, is_fake_quantize, is_inc, is_quantize, is_unpack
 from inc_graph.qtypes import get_qtype
@@ -145,7 +145,7 @@ def _known_target(node: fx.Node, facts: _Facts) -> str | None:
     target = node.target
     if getattr(target, "__name__", "") in _REGIONS:
         return "grad-mode and autocast regions must be written out"
-    if facts.level == "lowered" and getattr(target, "__module__", "").startswith("inc_graph.lowering"):
+    if facts.level == "lowered" and isinstance(target, types.FunctionType):  # of a backend, which may be an extension
         return None
     known = torch._ops.OpOverload | torch._ops.HigherOrderOperator
     if isinstance(target, known) or getattr(target, "__module__", "") in ("_operator", "operator", "math", "torch"):
@@ -216,7 +216,7 @@ def _specs_parse(node: fx.Node, facts: _Facts) -> str | None:
 
 
 def _quantized_values(node: fx.Node, facts: _Facts) -> str | None:
-    """`quant` stands on a float tensor that the graph does not write to, and somebody reads it in each of its formats."""
+    """`quant` stands on a float tensor that the graph does not write to, and is read in each of its formats."""
     quant = peek_meta(node).get("quant", {})
     if not quant:
         return None

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from inc_graph.calibrate import Observer
+from inc_graph.capture import capture
 from inc_graph.errors import CaptureError, ConfigError, IncWarning
-from inc_graph.export import check_model, export
-from inc_graph.graph import adopt, clone, get_level
+from inc_graph.export import check_model, example_call, export, unwrap
+from inc_graph.graph import adopt, clone, get_level, is_float, module_path
+from inc_graph.input_mean import MeanObserver
+from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
-from inc_graph.quantization import leaf
+from inc_graph.quantization import module_scope
 from inc_graph.quantization.config import BaseConfig
-from inc_graph.quantization.finish import finish
+from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers
 from inc_graph.quantization.model import QuantizedModel
-from inc_graph.recipe import get_recipe, set_recipe
+from inc_graph.quantization.names import warn_prefixes
+from inc_graph.recipe import Recipe, set_recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import attribute_bytes, read_graph
-from inc_graph.utils.device import choose_backend
+from inc_graph.utils.device import choose_backend, detect_device
+from inc_graph.utils.progress import progress
 
 __all__ = ["convert", "finalize_calibration", "prepare", "quantize"]
 
 
 def prepare(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     quant_config: BaseConfig,
     inplace: bool = True,
     example_inputs: Any = None,
@@ -37,58 +43,109 @@ def prepare(
     """Make a model ready for calibration.
 
     Args:
-        model: A graph from `export`, or any module in eval mode.
+        model: A graph from `export`, an `ExportedProgram`, or any module in eval mode.
         quant_config: What to quantize; it is not changed.
-        inplace: For a graph from `export`: True turns that graph into the prepared one, False leaves it bit-identical. An
-            eager module that is exported here is never changed; one that is prepared layer by layer is, with True.
-        example_inputs: Tuple, tensor or dict; with them an eager module is exported, without them its layers are prepared
-            one by one and it keeps its class.
-        dynamic_shapes: As for `torch.export.export`.
+        inplace: For a graph from `export`: True turns that graph into the prepared one, False leaves it bit-identical.
+            An eager module that is exported here is never changed; one that is prepared layer by layer is, with True.
+        example_inputs: Tuple, tensor or dict; with them an eager module is exported, without them its layers are
+            prepared one by one and it keeps its class. A module that cannot be exported is prepared layer by layer
+            too, and a warning gives the exporter's reason.
+        dynamic_shapes: As for `torch.export.export`; only with `example_inputs`.
         backend: The backend that the operators are chosen for.
 
     Returns:
-        The prepared model: run calibration data through it, then call `convert`.
+        The prepared model: run calibration data through it, then call `convert`. A `torch.compile`d or data-parallel
+        model gives that of the module it wraps.
 
     Raises:
         ConfigError, CaptureError, PassError: nothing has been changed then.
     """
-    check_model(model)
     if not isinstance(quant_config, BaseConfig):
-        raise ConfigError(f"quant_config must be a config, not {quant_config!r}", hint="for example StaticQuantConfig()")
+        raise ConfigError(
+            f"quant_config must be a config, not {quant_config!r}", hint="for example StaticQuantConfig()"
+        )
+    if isinstance(model, ExportedProgram):
+        model, example_inputs, dynamic_shapes = export(model, example_inputs, dynamic_shapes), None, None
+    return _prepare(unwrap(model), quant_config, inplace, example_inputs, dynamic_shapes, backend)
+
+
+def _prepare(
+    model: nn.Module, quant_config: BaseConfig, inplace: bool, example_inputs: Any, dynamic_shapes: Any, backend: str
+) -> nn.Module:
+    check_model(model)
     _refuse_twice(model)
-    name, note = choose_backend(backend)
+    if dynamic_shapes is not None and (_is_ours(model) or example_inputs is None):
+        why = "this graph has its shapes already" if _is_ours(model) else "they need example_inputs"
+        raise ConfigError(
+            f"dynamic_shapes cannot be used here: {why}", hint="give both to export(), or both to prepare()"
+        )
+    name, note = choose_backend(backend, detect_device(model))
     if note:
-        warnings.warn(note, IncWarning, stacklevel=2)
+        warnings.warn(note, IncWarning, stacklevel=3)
     recipe = quant_config.recipe(name, BACKENDS.get(name).supported())
-    if not _is_ours(model):
-        if example_inputs is None:
-            return leaf.prepare(model, recipe, inplace)
-        try:
-            model, inplace = export(model, example_inputs, dynamic_shapes), True
-        except CaptureError as e:
-            warnings.warn(f"the whole model cannot be exported, so it is quantized layer by layer: {e}", IncWarning, stacklevel=2)
-            return leaf.prepare(model, recipe, inplace)
-    assert isinstance(model, fx.GraphModule)
-    if get_level(model) != "float":
-        raise ConfigError(f"prepare needs a float model, this graph is at level {get_level(model)!r}")
-    work = clone(model)
-    set_recipe(work, recipe)
-    result = Pipeline.parse(recipe.prepare).run(work)
-    _refuse_nothing(result.graph)
-    result.graph.meta["inc"]["bytes_before"] = attribute_bytes(model)
-    result.graph.meta["inc"]["timings"] = [list(t) for t in result.timings]
-    return adopt(model, result.graph) if inplace else result.graph
+    if _is_ours(model):
+        return _prepare_graph(cast(fx.GraphModule, model), recipe, inplace)
+    if example_inputs is None:
+        return module_scope.prepare(model, recipe, inplace)
+    args, kwargs = example_call(model, example_inputs)
+    try:
+        with progress("export") as step:
+            step(type(model).__name__)
+            graph = capture(model, args, kwargs, dynamic_shapes)
+    except CaptureError as e:
+        if dynamic_shapes is not None and _blames_shapes(e):
+            raise
+        return _fall_back(model, recipe, inplace, e)
+    return _prepare_graph(graph, recipe, inplace=True)
 
 
 def _is_ours(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and "inc" in model.meta
 
 
+def _level(model: nn.Module) -> str | None:
+    """The level of a graph of ours, None for other modules."""
+    return get_level(cast(fx.GraphModule, model)) if _is_ours(model) else None
+
+
 def _refuse_twice(model: nn.Module) -> None:
-    if isinstance(model, QuantizedModel) or any(isinstance(m, QuantizedModel) for m in model.modules()):
+    if any(isinstance(m, QuantizedModel) for m in model.modules()):
         raise ConfigError("the model is converted already", hint="prepare the float model")
-    if any(isinstance(m, Observer) for m in model.modules()):
+    if observers_of(model) or module_scope.is_prepared(model):
         raise ConfigError("the model is prepared already", hint="run calibration data through it, then call convert")
+    if (level := _level(model)) not in (None, "float"):
+        raise ConfigError(f"prepare needs a float model, this graph is at level {level!r}")
+
+
+def _blames_shapes(error: CaptureError) -> bool:
+    """Whether the export failed because of the dynamic shapes that were asked for."""
+    return any(word in error.message for word in ("Constraints violated", "dynamic_shapes", "user-specified"))
+
+
+def _fall_back(model: nn.Module, recipe: Recipe, inplace: bool, error: CaptureError) -> nn.Module:
+    reason = str(CaptureError(error.message, node=error.node, module=error.module))
+    try:
+        prepared = module_scope.prepare(model, recipe, inplace)
+    except ConfigError as e:
+        raise ConfigError(f"{e.message}, and the whole model cannot be exported: {reason}", hint=error.hint) from error
+    text = f"the whole model cannot be exported, so it is quantized layer by layer: {reason}"
+    warnings.warn(text, IncWarning, stacklevel=4)
+    return prepared
+
+
+def _prepare_graph(model: fx.GraphModule, recipe: Recipe, inplace: bool) -> fx.GraphModule:
+    work = clone(model)
+    set_recipe(work, recipe)
+    pipeline = Pipeline.parse(recipe.prepare)
+    with progress("prepare", len(pipeline.passes)) as step:
+        result = pipeline.run(work, on_pass=step)
+    _refuse_nothing(result.graph)
+    operators = [n for n in model.graph.nodes if pattern_of(n) is not None]
+    warn_prefixes(recipe, filter(None, map(module_path, operators)), stacklevel=5)
+    remember_buffers(result.graph)
+    result.graph.meta["inc"]["bytes_before"] = attribute_bytes(model)
+    result.graph.meta["inc"]["timings"] = [list(t) for t in result.timings]
+    return adopt(model, result.graph) if inplace else result.graph
 
 
 def _refuse_nothing(gm: fx.GraphModule) -> None:
@@ -98,6 +155,8 @@ def _refuse_nothing(gm: fx.GraphModule) -> None:
         return
     reasons = list(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats))
     shown = "; ".join(reasons[:5]) or "it has no operator with float inputs and weights"
+    if not any(is_float(n) for n in gm.graph.nodes):
+        shown = "it computes on integers only"
     raise ConfigError(f"nothing in this model can be quantized ({shown})", hint="see the reasons, or change the config")
 
 
@@ -112,33 +171,39 @@ def convert(
     """Turn a prepared, calibrated model into a quantized one.
 
     Args:
-        model: From `prepare`, after calibration data has run through it. It stays usable.
+        model: From `prepare`, after calibration data has run through it. It stays usable: more data may run through
+            it, and it may be converted again.
         quant_config: Only for a model that was not prepared, and a method that needs no calibration.
-        inplace: For a model prepared layer by layer: replace the layers in it. A graph is always converted into a new model.
+        inplace: For a model prepared layer by layer: True replaces the layers in it, False gives a copy. A graph is
+            always converted into a new model.
         backend: Lower to this backend instead of the one it was prepared for.
         reference: Run the Q-DQ meaning itself, on no backend (same as backend="eager").
 
     Returns:
-        A `QuantizedModel` (graph), or the model with quantized layers (layer by layer).
+        A `QuantizedModel` (graph), or the model with quantized layers (layer by layer). `.report` says what happened.
 
     Raises:
         CalibrationError: no data has run through the model, or through a part of it.
         ConfigError: it is not prepared, or converted already.
     """
+    model = unwrap(model)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a prepared model, got {type(model).__name__}")
-    if isinstance(model, QuantizedModel):
-        raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
+    if reference and backend not in (None, "eager"):
+        raise ConfigError(f"reference=True runs on no backend, and backend={backend!r} asks for one")
     if reference:
         backend = "eager"
-    if _is_ours(model) and get_level(model) == "observed":  # type: ignore[arg-type]
-        return finish(model, backend)  # type: ignore[arg-type]
-    if leaf.is_prepared(model):
-        return leaf.convert(model, backend, inplace)
-    if any(isinstance(m, QuantizedModel) for m in model.modules()):
+    level = _level(model)
+    if level == "observed":
+        return finish(cast(fx.GraphModule, model), backend)
+    if module_scope.is_prepared(model):
+        return module_scope.convert(model, backend, inplace)
+    if level in ("qdq", "lowered") or any(isinstance(m, QuantizedModel) for m in model.modules()):
         raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
     if quant_config is None:
-        raise ConfigError("the model is not prepared", hint="prepared = prepare(model, config), run data, then convert(prepared)")
+        raise ConfigError(
+            "the model is not prepared", hint="prepared = prepare(model, config), run data, then convert(prepared)"
+        )
     raise ConfigError(
         f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
         hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
@@ -146,7 +211,7 @@ def convert(
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     quant_config: BaseConfig,
     run_fn: Callable[..., Any] | None = None,
     run_args: Any = None,
@@ -158,15 +223,31 @@ def quantize(
 ) -> nn.Module:
     """`prepare`, `run_fn(prepared, *run_args)`, `convert` in one call. Arguments and errors as theirs.
 
+    A graph from `export` is never changed; a model quantized layer by layer is, with `inplace=True`, once all has gone
+    well.
+
     Raises:
         ConfigError: if `run_fn` is missing though the method needs calibration data.
+        Whatever `run_fn` raises: the model is as it was then.
     """
     if run_fn is None:
-        raise ConfigError("this method needs calibration data", hint="pass run_fn, a function that runs data through the model")
-    prepared = prepare(model, quant_config, inplace, example_inputs, dynamic_shapes=dynamic_shapes, backend=backend)
+        raise ConfigError(
+            "this method needs calibration data", hint="pass run_fn, a function that runs data through the model"
+        )
+    if not callable(run_fn):
+        raise ConfigError(f"run_fn must be a function that runs data through the model, not {run_fn!r}")
+    graph = isinstance(model, nn.Module) and _is_ours(model)
+    prepared = prepare(
+        model, quant_config, inplace and not graph, example_inputs, dynamic_shapes=dynamic_shapes, backend=backend
+    )
     args = () if run_args is None else run_args if isinstance(run_args, tuple | list) else (run_args,)
-    run_fn(prepared, *args)
-    return convert(prepared, inplace=inplace)
+    try:
+        run_fn(prepared, *args)
+        return convert(prepared)
+    except BaseException:
+        if module_scope.is_prepared(prepared):
+            module_scope.undo(prepared)
+        raise
 
 
 def finalize_calibration(model: nn.Module) -> None:
@@ -174,12 +255,15 @@ def finalize_calibration(model: nn.Module) -> None:
 
     Raises:
         ConfigError: if the model is not prepared.
-        CalibrationError: if an observed value saw no data; names it.
+        CalibrationError: if an observed value saw no data; names it. (Layer by layer: only if no layer saw any.)
     """
-    observers = [m for m in model.modules() if isinstance(m, Observer)]
-    if not observers:
+    if not isinstance(model, nn.Module) or not (observers := observers_of(model)):
         raise ConfigError("the model is not prepared, so there is no calibration to end")
+    if not any(o.elements for o in observers):
+        raise no_data()
     for observer in observers:
-        observer.calculate_qparams()
-    for observer in observers:
-        observer.enabled = False
+        if observer.elements or not module_scope.is_prepared(model):
+            observer.calculate_qparams()
+    for module in model.modules():
+        if isinstance(module, Observer | MeanObserver):
+            module.enabled = False

@@ -1,6 +1,7 @@
 """User configs: what to quantize, said in the terms of the field. A config compiles to a recipe.
 
-One table of fields drives construction, validation, `to_dict`, `==` and `repr`; a config class is that table plus `recipe`.
+One table of fields drives construction, validation, `to_dict`, `==` and `repr`; a config class is that table plus
+`recipe`.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
 from inc_graph.calibrate import RangeEstimator
 from inc_graph.errors import ConfigError, IncError
 from inc_graph.options import make_estimator
-from inc_graph.qtypes import get_qtype
+from inc_graph.qtypes import QType, get_qtype
 from inc_graph.recipe import OpQuant, Recipe, Where, WhereRule, names_of_type
+from inc_graph.registry import QTYPES
 from inc_graph.spec import PerChannel, PerTensor, QSpec
 
 __all__ = ["BaseConfig", "Field", "INT8StaticQuantConfig", "StaticQuantConfig", "get_default_static_config"]
@@ -78,26 +81,40 @@ class BaseConfig:
         if twice := sorted(set(given) & set(values)):
             raise ConfigError(f"{type(self).__name__}: {', '.join(twice)} given twice")
         values = {**given, **values}
-        self.white_list = values.pop("white_list", "*")
-        self._local: dict[Any, BaseConfig] = {}
+        white_list = values.pop("white_list", "*")
         for key in values:
             if key not in self.fields:
-                near = difflib.get_close_matches(key, self.fields, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(self.fields)}"
-                raise ConfigError(f"{type(self).__name__} has no field {key!r}", hint=hint)
+                self._unknown(key)
         for key, spec in self.fields.items():
             setattr(self, key, copy.copy(values.get(key, spec.default)))
+        self.white_list = white_list
+        self._local: dict[Any, BaseConfig] = {}
 
     def __setattr__(self, key: str, value: Any) -> None:
-        if key in self.fields and (expected := self.fields[key].check(value)) is not None:
-            raise ConfigError(f"{type(self).__name__}.{key} must be {expected}, not {value!r}")
-        if key == "white_list":
+        if key in self.fields:
+            if (expected := self.fields[key].check(value)) is not None:
+                near = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", expected), 1)
+                message = f"{type(self).__name__}.{key} must be {expected}, not {value!r}"
+                raise ConfigError(message, hint=f"did you mean {near[0]!r}?" if near else None)
+        elif key == "white_list":
             value = _white_list(value)
+        elif not key.startswith("_"):
+            self._unknown(key)
         super().__setattr__(key, value)
+
+    def _unknown(self, key: str) -> NoReturn:
+        near = difflib.get_close_matches(key, self.fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(self.fields)}"
+        raise ConfigError(f"{type(self).__name__} has no field {key!r}", hint=hint)
 
     # -------------------------------------------------------------------------------------------------- local settings
     def set_local(self, operator_name_or_list: Any, config: BaseConfig) -> BaseConfig:
-        """Another config for some operators: by module name (regex, matched at the start), class, function, or a list of them.
+        """Another config for some operators; `StaticQuantConfig(w_dtype="fp32")` leaves them float.
+
+        Args:
+            operator_name_or_list: A module name (regex, matched at the start: `fc1` is also `fc10`, `fc1$` is not), a
+                module class, a function such as `torch.matmul`, or a list of them.
+            config: It is not copied; what it says when `prepare` is called counts.
 
         A name is more specific than a type, a type more than the config itself; among equals the one said last wins.
 
@@ -106,7 +123,9 @@ class BaseConfig:
         """
         if not isinstance(config, BaseConfig):
             raise ConfigError(f"set_local needs a config, not {config!r}", hint=f"for example {type(self).__name__}()")
-        items = operator_name_or_list if isinstance(operator_name_or_list, list | tuple | set) else [operator_name_or_list]
+        items = (
+            operator_name_or_list if isinstance(operator_name_or_list, list | tuple | set) else [operator_name_or_list]
+        )
         for item in items:
             _where(item)
         for item in items:
@@ -151,7 +170,7 @@ class BaseConfig:
         local = f" with {len(self._local)} local settings" if self._local else ""
         return f"{type(self).__name__}({', '.join(changed)}){local}"
 
-    # ------------------------------------------------------------------------------------------------------- as a recipe
+    # ------------------------------------------------------------------------------------------------------ as a recipe
     def op_quant(self) -> OpQuant | None:
         """What these fields mean for one operator; None: float."""
         raise NotImplementedError(f"{type(self).__name__} has no algorithm yet")
@@ -163,7 +182,10 @@ class BaseConfig:
         found = [WhereRule(Where(), everywhere, origin)]
         if self.white_list != "*":
             found += [WhereRule(_where(w), self.op_quant(), f"white_list entry {_shown(w)}") for w in self.white_list]
-        return (*found, *(WhereRule(_where(k), c.op_quant(), f"set_local({_shown(k)})") for k, c in self._local.items()))
+        return (
+            *found,
+            *(WhereRule(_where(k), c.op_quant(), f"set_local({_shown(k)})") for k, c in self._local.items()),
+        )
 
     def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
         """The recipe for a backend that has kernels for the operator types `supported` (None: all)."""
@@ -196,19 +218,36 @@ def _shown(item: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- static INT8
-_WEIGHTS = ("int8", "int7", "int4", "fp32")
-_ACTIVATIONS = ("uint8", "int8", "uint7", "int7", "fp32")
+_SEVEN_BITS = {"int8": "int7", "uint8": "uint7"}
+
+
+def _a_qtype(*kinds: str) -> Callable[[Any], str | None]:
+    """Check for the name of a registered qtype of one of `kinds` and at most 8 bits, or "fp32"."""
+
+    def check(value: Any) -> str | None:
+        if value == "fp32":
+            return None
+        if isinstance(value, str) and value in QTYPES and _fits(get_qtype(value)):
+            return None
+        known = [name for name, qtype in QTYPES.items() if _fits(qtype)]
+        return f"one of {', '.join(map(repr, [*known, 'fp32']))}"
+
+    def _fits(qtype: QType) -> bool:
+        return qtype.kind in kinds and qtype.bits <= 8 and qtype.scale_format == "float32"
+
+    return check
 
 
 class INT8StaticQuantConfig(BaseConfig):
     """Static quantization: activation ranges are found once, on calibration data.
 
     Fields:
-        w_dtype: Weight type: "int8", "int7", "int4"; "fp32" leaves the operator float.
+        w_dtype: Weight type: any integer or codebook qtype, such as "int8", "int7", "int4"; "fp32" leaves the operator
+            float.
         w_sym: Weights symmetric around zero.
         w_granularity: "per_channel" (one scale an output channel) or "per_tensor".
         w_algo: Range estimator of weights: "minmax", "mse", "percentile{percent=99.99}", ...
-        act_dtype: Activation type: "uint8", "int8", "uint7", "int7"; "fp32" quantizes weights only.
+        act_dtype: Activation type: any integer qtype, such as "uint8", "int8", "uint7"; "fp32" quantizes weights only.
         act_sym: Activations symmetric around zero.
         act_granularity: "per_tensor".
         act_algo: Range estimator of activations: "minmax", "moving_average", "percentile", "histogram_mse", "kl".
@@ -219,17 +258,32 @@ class INT8StaticQuantConfig(BaseConfig):
             None: where the machine needs it.
     """
 
+    w_dtype: str
+    w_sym: bool
+    w_granularity: str
+    w_algo: str
+    act_dtype: str
+    act_sym: bool
+    act_granularity: str
+    act_algo: str
+    excluded_precisions: list[str]
+    model_info: Any
+    bias_correction: bool
+    reduce_range: bool | None
+
     name = "static_quant"
-    fields = {
-        "w_dtype": Field("int8", one_of(*_WEIGHTS)),
+    fields: ClassVar[dict[str, Field]] = {
+        "w_dtype": Field("int8", _a_qtype("int", "codebook")),
         "w_sym": Field(True, a_bool),
         "w_granularity": Field("per_channel", one_of("per_channel", "per_tensor")),
         "w_algo": Field("minmax", an_estimator),
-        "act_dtype": Field("uint8", one_of(*_ACTIVATIONS)),
+        "act_dtype": Field("uint8", _a_qtype("int")),
         "act_sym": Field(False, a_bool),
         "act_granularity": Field("per_tensor", one_of("per_tensor")),
         "act_algo": Field("minmax", an_estimator),
-        "excluded_precisions": Field([], lambda v: None if isinstance(v, list) else "a list of precisions", tunable=False),
+        "excluded_precisions": Field(
+            [], lambda v: None if isinstance(v, list) else "a list of precisions", tunable=False
+        ),
         "model_info": Field(None, tunable=False),
         "bias_correction": Field(True, a_bool),
         "reduce_range": Field(None, one_of(None, True, False)),
@@ -239,21 +293,20 @@ class INT8StaticQuantConfig(BaseConfig):
         if self.w_dtype == "fp32":
             return None
         reduce = _needs_reduce_range() if self.reduce_range is None else self.reduce_range
-        w_type = self.w_dtype if not reduce else self.w_dtype.replace("8", "7")
+        w_type = _SEVEN_BITS.get(self.w_dtype, self.w_dtype) if reduce else self.w_dtype
         granularity = PerChannel(0) if self.w_granularity == "per_channel" else PerTensor()
         weight = QSpec(w_type, "symmetric" if self.w_sym else "asymmetric", granularity)
         activation = None
         if self.act_dtype != "fp32":
-            a_type = self.act_dtype if not reduce else self.act_dtype.replace("8", "7")
+            a_type = _SEVEN_BITS.get(self.act_dtype, self.act_dtype) if reduce else self.act_dtype
             activation = QSpec(a_type, "symmetric" if self.act_sym else "asymmetric", PerTensor())
-        get_qtype(w_type)
         return OpQuant(activation, weight, self.act_algo, self.w_algo, self.bias_correction)
 
     def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
         return Recipe(
             self.name,
             self.rules(),
-            prepare="canonicalize,fold-conv-bn,annotate,insert-observers",
+            prepare="fold-constants,canonicalize,fold-conv-bn,annotate,insert-observers",
             convert="correct-bias,convert-qdq",
             supported=supported,
             backend=backend,
@@ -266,19 +319,20 @@ def _needs_reduce_range() -> bool:
 
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    supported = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(torch._C._cpu, "_is_avx512_vnni_supported", None)
+    supported = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(
+        torch._C._cpu, "_is_avx512_vnni_supported", None
+    )
     return supported is not None and not supported()
 
 
-def StaticQuantConfig(*args: Any, **kwargs: Any) -> INT8StaticQuantConfig:  # noqa: N802 - the name users know
+def StaticQuantConfig(*args: Any, **kwargs: Any) -> INT8StaticQuantConfig:
     """A static quantization config: `INT8StaticQuantConfig(*args, **kwargs)`.
 
     Raises:
-        NotImplementedError: for `fp8_config=`, which names the FP8 method.
-        ConfigError: as `INT8StaticQuantConfig`.
+        ConfigError: as `INT8StaticQuantConfig`; and for `fp8_config=`, which names a method this version does not have.
     """
     if "fp8_config" in kwargs:
-        raise NotImplementedError("StaticQuantConfig(fp8_config=...): the FP8 method is not in this version")
+        raise ConfigError("StaticQuantConfig(fp8_config=...): the FP8 method is not in this version")
     return INT8StaticQuantConfig(*args, **kwargs)
 
 

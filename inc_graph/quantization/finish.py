@@ -5,39 +5,88 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from torch import fx
+from torch import fx, nn
 
-from inc_graph.graph import clone
+from inc_graph.calibrate import Observer
+from inc_graph.capture import own_mutated
+from inc_graph.errors import CalibrationError
+from inc_graph.graph import clone, get_tensor, mutated_attrs
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.recipe import get_recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import Report, attribute_bytes, read_graph
 from inc_graph.utils.device import choose_backend
+from inc_graph.utils.progress import progress
 
-__all__ = ["finish", "lower"]
+__all__ = ["finish", "lower", "no_data", "observers_of", "remember_buffers"]
+
+INITIAL = "inc_initial"
 
 
-def finish(observed: fx.GraphModule, backend: str | None = None) -> QuantizedModel:
-    """Convert and lower an observed graph, which is left as it was."""
+def observers_of(model: nn.Module) -> list[Observer]:
+    """The observers in a prepared model."""
+    return [m for m in model.modules() if isinstance(m, Observer)]
+
+
+def no_data() -> CalibrationError:
+    """The error of a prepared model that was never called."""
+    hint = "call it on representative inputs first: for x in data: prepared(x)"
+    return CalibrationError("the prepared model has seen no calibration data", hint=hint)
+
+
+def _fresh(observed: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose written buffers are its own, and as they were before calibration ran."""
+    gm = clone(observed)
+    own_mutated(gm)
+    for path, value in gm.meta.pop(INITIAL, {}).items():
+        get_tensor(gm, path).copy_(value)
+    return gm
+
+
+def remember_buffers(gm: fx.GraphModule) -> None:
+    """Note the values of the buffers that the graph writes to, before calibration changes them."""
+    gm.meta[INITIAL] = {path: get_tensor(gm, path).clone() for path in sorted(mutated_attrs(gm))}
+
+
+def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | None = None) -> QuantizedModel:
+    """Convert and lower an observed graph, which is left as it was.
+
+    Raises:
+        CalibrationError: if an observed value saw no data; names it.
+    """
     recipe = get_recipe(observed)
     name, _ = choose_backend(backend or recipe.backend)
-    result = Pipeline.parse(recipe.convert).run(clone(observed))
-    start = time.perf_counter()
-    target = BACKENDS.get(name)
-    lowered = target.lower(result.graph)
+    observers = observers_of(observed)
+    empty = [o for o in observers if not o.elements]
+    if empty and len(empty) == len(observers):
+        raise no_data()
+    for observer in empty:
+        observer.calculate_qparams()  # raises, with the names
+    pipeline = Pipeline.parse(recipe.convert)
+    with progress("convert", len(pipeline.passes) + 1, show) as step:
+        result = pipeline.run(_fresh(observed), on_pass=step)
+        step(f"lower to {name}")
+        start = time.perf_counter()
+        target = BACKENDS.get(name)
+        lowered = target.lower(result.graph)
     facts = observed.meta["inc"]
     report = Report(recipe.method, name)
     report.timings = [*map(tuple, facts.get("timings", [])), *result.timings, ("lower", time.perf_counter() - start)]
     quantized, report.floats = read_graph(result.graph)
     kernels, absorbed = lowered.report.kernels, lowered.report.absorbed
+    default = (
+        "the reference backend has no kernels"
+        if target.supported() is None
+        else f"backend '{name}' has no kernel for it"
+    )
     for line in quantized:
         if line.name in kernels:
             report.kernels.append(replace(line, detail=kernels[line.name][0]))
         elif line.name in absorbed:
             report.kernels.append(replace(line, detail=f"fused into {kernels[absorbed[line.name]][0]}"))
         else:
-            _, reason = lowered.report.missed.get(line.name, ("", f"backend '{name}' has no kernel for this form"))
+            _, reason = lowered.report.missed.get(line.name, ("", default))
             report.reference.append(replace(line, detail=reason))
     model = QuantizedModel(result.graph, lowered.graph, report, lowered.packed)
     report.bytes_before = facts.get("bytes_before", 0)

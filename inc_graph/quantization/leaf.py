@@ -1,221 +1,256 @@
-"""Module scope: a model that cannot be exported as a whole is quantized layer by layer.
-
-Each leaf (Linear, Conv*, Embedding, the Conv1D of HF transformers) becomes a small captured graph in place, on which the same
-passes and lowerings run; the model keeps its class, its methods and its Python control flow. Functional calls
-(`torch.matmul`, `+`) are not seen here.
-"""
+"""One layer in module scope: what it takes, its graph, and the module that stands in its place."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from inc_graph.calibrate import Observer
 from inc_graph.capture import capture
-from inc_graph.errors import CalibrationError, ConfigError, IncWarning, UnusedRuleWarning
-from inc_graph.graph import clone
-from inc_graph.passmanager import Pipeline
-from inc_graph.quantization.finish import finish
+from inc_graph.errors import CaptureError, IncError
+from inc_graph.graph import clone, get_tensor
+from inc_graph.oppattern import argument, pattern_of
+from inc_graph.ops import is_dequantize
 from inc_graph.quantization.model import QuantizedModel
-from inc_graph.recipe import Recipe, set_recipe
-from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 
-__all__ = ["Leaf", "convert", "is_prepared", "prepare"]
+__all__ = ["Captures", "Form", "Leaf", "form_of", "is_layer", "unfit"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Embedding, *_CONVS)
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether module scope looks at this module: Linear, Conv*, Embedding, and the Conv1D of HF transformers."""
+    return isinstance(module, _LAYERS) or _is_hf_conv1d(module)
+
+
+def unfit(module: nn.Module, parent: nn.Module | None) -> str | None:
+    """Why a layer cannot be replaced by its graph, None if it can."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return "MultiheadAttention reads its weight and never calls it"
+    kind = next((c for c in _LAYERS if isinstance(module, c)), None)
+    own = type(module).forward is not kind.forward if kind else type(module).__name__ != "Conv1D"
+    if own or "forward" in vars(module):
+        return f"its class {type(module).__name__} has a forward of its own"
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}, not floating point"
+    if weight.layout != torch.strided:
+        return f"its weight is {str(weight.layout).removeprefix('torch.')}: only dense weights are quantized"
+    if not isinstance(module._parameters.get("weight"), Tensor):
+        return "its weight is computed from other parameters at each call"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm changes its weight at each call"
+    return None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a layer takes.
+
+    Attributes:
+        kind: "rows" (linear: every dimension but the last is a row), "index" (embedding), "space" (convolution).
+        rank: Rank that its graph is captured at.
+        size: Size of the last dimension ("rows"), number of channels ("space"), 0 ("index").
+        dtype: Of the input.
+    """
+
+    kind: str
+    rank: int
+    size: int
+    dtype: torch.dtype
+
+    def fault(self, x: Any) -> str | None:
+        """Why the layer does not take `x`, None if it does."""
+        if not isinstance(x, Tensor):
+            return f"its input is {type(x).__name__}, not a tensor"
+        if x.layout != torch.strided:
+            return f"its input is {str(x.layout).removeprefix('torch.')}: only dense tensors are taken"
+        if self.kind == "index":
+            return None if x.dtype in (torch.int64, torch.int32) else f"its indices are {x.dtype}"
+        if x.dtype != self.dtype:
+            return f"its input is {x.dtype}, its weight {self.dtype}"
+        at = -1 if self.kind == "rows" else 1 - self.rank
+        fits = x.ndim >= 1 if self.kind == "rows" else x.ndim in (self.rank, self.rank - 1)
+        if not fits or x.shape[at] != self.size:
+            where = (
+                "in the last dimension"
+                if self.kind == "rows"
+                else f"channels, and {self.rank} or {self.rank - 1} dimensions"
+            )
+            return f"its input has shape {list(x.shape)}, it takes {self.size} {where}"
+        return None
+
+
+def form_of(module: nn.Module) -> tuple[Form, Tensor, dict[int, Any]]:
+    """(form, example input, dynamic dimensions of it) of a layer."""
+    dynamic = torch.export.Dim.DYNAMIC
+    weight: Any = module.weight
+    if isinstance(module, nn.Embedding):
+        example = torch.zeros(6, dtype=torch.int64, device=weight.device)
+        return Form("index", 1, 0, torch.int64), example, {0: dynamic}
+    if isinstance(module, _CONVS):
+        reach = [d * (k - 1) + 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        shape = [2, module.in_channels, *(max(16, r) for r in reach)]
+        dims = dict.fromkeys([0, *range(2, len(shape))], dynamic)
+        form = Form("space", len(shape), module.in_channels, weight.dtype)
+        return form, torch.zeros(shape, dtype=weight.dtype, device=weight.device), dims
+    size = weight.shape[0] if _is_hf_conv1d(module) else weight.shape[1]
+    form = Form("rows", 2, size, weight.dtype)
+    return form, torch.zeros(6, size, dtype=weight.dtype, device=weight.device), {0: dynamic}
+
+
+class Captures:
+    """One export for all layers of one form: the graphs differ in their tensors only."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, fx.GraphModule] = {}
+
+    def get(self, module: nn.Module, path: str, example: Tensor, dims: dict[int, Any]) -> fx.GraphModule:
+        """The float graph of a layer; its parameters are the layer's own. CaptureError, which names the layer."""
+        tensors = {n: (tuple(t.shape), t.dtype, t.device) for n, t in module.named_parameters()}
+        key = (type(module), repr(module), tuple(sorted(tensors.items(), key=str)))
+        if key not in self._known:
+            try:
+                self._known[key] = capture(_bare(module), (example,), dynamic_shapes=(dims,))
+            except CaptureError as e:
+                raise CaptureError(e.message, module=path, hint=e.hint) from e
+        gm = clone(self._known[key])
+        for name, tensor in module.named_parameters():
+            if name in gm._parameters:
+                gm._parameters[name] = tensor
+        gm._forward_pre_hooks.clear()  # the leaf checks its input itself
+        gm._forward_pre_hooks_with_kwargs.clear()
+        return gm
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module without the user's hooks, which are no part of the layer; same tensors."""
+    bare = copy.copy(module)
+    for name, value in vars(module).items():
+        if "_hooks" in name and isinstance(value, dict):
+            bare.__dict__[name] = type(value)()
+    return bare
 
 
 class Leaf(nn.Module):
-    """Stands where a layer stood. Inputs of any rank that the layer takes are brought to the rank its graph was captured at.
+    """Stands where a layer stood; `inner` is the layer's observed graph, its quantized model once it is converted.
 
-    What the layer has and this has not (`weight`, `in_features`) is looked up in the layer, while it is kept.
+    What the layer has and this has not (`weight`, `in_features`) still answers: `weight` of a converted leaf is
+    unpacked and dequantized at each access.
     """
 
-    def __init__(self, inner: nn.Module, kind: str, rank: int, path: str, original: nn.Module | None, facts: dict[str, Any]):
+    def __init__(self, inner: nn.Module, form: Form, path: str, original: nn.Module) -> None:
         super().__init__()
-        self.inner, self.kind, self.rank, self.path = inner, kind, rank, path
-        self.facts = facts
-        self._original = (original,)  # a tuple: not a submodule, so its parameters are not counted twice
+        self.inner, self.form, self.path = inner, form, path
+        self.extra_call = False
+        self._original: tuple[nn.Module, ...] = (
+            original,
+        )  # a tuple: not a submodule, so its parameters are not counted twice
+        self._facts: dict[str, Any] = {}
+        self._take_hooks(original)
+        self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "rows":  # linear: every dimension but the last is a row
-            shape = x.shape
-            return self.inner(x.reshape(-1, shape[-1])).reshape(*shape[:-1], -1)
-        if self.kind == "index":
-            return self.inner(x.reshape(-1)).reshape(*x.shape, -1)
-        if x.ndim == self.rank - 1:  # an unbatched image
+    def _take_hooks(self, other: nn.Module) -> None:
+        """The user's hooks on a layer go on working."""
+        for name, value in vars(other).items():
+            if name.startswith("_forward_") and isinstance(value, dict):
+                self.__dict__[name] = value.copy()
+
+    def converted(self, inner: QuantizedModel) -> Leaf:
+        """The leaf that runs `inner`; it does not hold the float layer any more."""
+        original = self._original[0]
+        leaf = Leaf(inner, self.form, self.path, self)
+        leaf._facts = {
+            k: v for k, v in vars(original).items() if not k.startswith("_") and not isinstance(v, Tensor | nn.Module)
+        }
+        leaf._facts["transposed"] = _is_hf_conv1d(original)
+        if original._parameters.get("bias") is None and hasattr(original, "bias"):
+            leaf._facts["bias"] = None  # what bias correction may have added is the kernel's own
+        leaf._original = ()
+        return leaf
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The float layer, None once it is converted."""
+        return self._original[0] if self._original else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return self._extra(x, *args, **kwargs)
+        if isinstance(x, Tensor) and self.form.kind != "index" and torch.is_autocast_enabled(x.device.type):
+            return self._autocast(x)
+        if not torch.compiler.is_compiling() and (fault := self.form.fault(x)) is not None:
+            raise CaptureError(fault, module=self.path, hint="call the model with inputs like those of the float model")
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self.form.kind == "rows":
+            y = self.inner(x.reshape(-1, self.form.size))
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+        if self.form.kind == "index":
+            y = self.inner(x.reshape(-1).long())
+            return y.reshape(*x.shape, y.shape[-1])
+        if x.ndim == self.form.rank - 1:  # an unbatched image
             return self.inner(x[None])[0]
         return self.inner(x)
+
+    def _autocast(self, x: Tensor) -> Tensor:
+        """The graph has the layer's own dtypes; what autocast would have made of the result is made of it here."""
+        kind, dtype = x.device.type, torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(kind, enabled=False):
+            return self(x.to(self.form.dtype)).to(dtype)
+
+    def _extra(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A call the graph was not captured for (`output_size` of a transposed convolution) is the float layer's."""
+        if self.original is None:
+            hint = "calibrate with such calls, so that the layer stays float"
+            raise CaptureError("called with more than its input, unlike in calibration", module=self.path, hint=hint)
+        self.extra_call = True
+        return self.original(x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("_original", "facts"):
-                raise
-            if self._original[0] is not None:
-                return getattr(self._original[0], name)
-            if name in self.facts:
-                return self.facts[name]
+            state = self.__dict__
+            if state.get("_original"):
+                return getattr(state["_original"][0], name)
+            if name in state.get("_facts", ()):
+                return state["_facts"][name]
+            if state.get("_facts") and (name == "weight" or (name == "bias" and self.form.kind != "index")):
+                return self._tensor(name)
             raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise IncError(f"the {name} of a quantized layer cannot be replaced", module=self.path)
+        super().__setattr__(name, value)
+
+    def _tensor(self, name: str) -> Tensor | None:
+        """Weight or bias as the kernels see it, in the shape that the layer had it."""
+        inner: Any = self.inner
+        gm = inner.graph
+        layer = next(n for n in gm.graph.nodes if (p := pattern_of(n)) is not None and p.weight is not None)
+        position = pattern_of(layer).weight if name == "weight" else 2  # type: ignore[union-attr]
+        read = argument(layer, position or 0)
+        if read is None:
+            return None
+        if is_dequantize(read):
+            args = fx.map_arg(read.args, lambda n: get_tensor(gm, n))
+            value = read.target(*args)
+        else:
+            value = get_tensor(gm, read)
+        return value.t() if name == "weight" and self._facts["transposed"] else value
 
     def extra_repr(self) -> str:
         return self.path
-
-
-def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, nn.Embedding, *_CONVS)) or _is_hf_conv1d(module):
-            yield path, module
-
-
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _example(module: nn.Module) -> tuple[Tensor, str, int, Any]:
-    """(example input, kind, rank, dynamic dimensions)."""
-    dynamic = torch.export.Dim.DYNAMIC
-    weight = module.weight
-    if isinstance(module, nn.Embedding):
-        return torch.zeros(6, dtype=torch.long, device=weight.device), "index", 1, {0: dynamic}  # type: ignore[union-attr,arg-type]
-    make = {"dtype": weight.dtype, "device": weight.device}
-    if isinstance(module, _CONVS):
-        space = [max(16, d * (k - 1) + 2) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        shape = [2, module.in_channels, *space]
-        return torch.zeros(shape, **make), "space", len(shape), dict.fromkeys([0, *range(2, len(shape))], dynamic)  # type: ignore[arg-type]
-    inputs = module.in_features if isinstance(module, nn.Linear) else weight.shape[0]  # type: ignore[union-attr]
-    return torch.zeros(6, inputs, **make), "rows", 2, {0: dynamic}  # type: ignore[arg-type]
-
-
-class _Captures:
-    """One export for all layers of one form: the graphs differ in their tensors only."""
-
-    def __init__(self) -> None:
-        self.known: dict[Any, fx.GraphModule] = {}
-
-    def get(self, module: nn.Module, path: str, example: Tensor, dims: Any) -> fx.GraphModule:
-        tensors = {n: (tuple(t.shape), t.dtype, t.device) for n, t in module.named_parameters()}
-        key = (type(module), repr(module), tuple(sorted(tensors.items(), key=str)))
-        if key not in self.known:
-            self.known[key] = capture(module, (example,), dynamic_shapes=(dims,))
-        gm = clone(self.known[key])
-        for name, tensor in module.named_parameters():
-            if hasattr(gm, name):
-                gm._parameters.pop(name, None)
-                gm.register_parameter(name, tensor)  # type: ignore[arg-type]
-        stack = {path: (path, type(module))}
-        for node in gm.graph.nodes:
-            node.meta["nn_module_stack"] = stack
-        gm._forward_pre_hooks.clear()
-        gm._forward_pre_hooks_with_kwargs.clear()
-        return gm
-
-
-def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
-    """Replace each leaf that the recipe quantizes by its observed graph. All or nothing.
-
-    Raises:
-        ConfigError: if no leaf is quantized; with the reasons.
-        CaptureError: if a leaf cannot be captured.
-    """
-    if not inplace:
-        model = copy.deepcopy(model)
-    captures, new, floats = _Captures(), {}, []
-    matched: set[str] = set()
-    for path, module in _leaves(model):
-        example, kind, rank, dims = _example(module)
-        if not module.weight.is_floating_point():  # type: ignore[union-attr,operator]
-            continue
-        gm = captures.get(module, path, example, dims)
-        set_recipe(gm, recipe)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            gm = Pipeline.parse(recipe.prepare).run(gm).graph
-        unused = {str(w.message) for w in caught if issubclass(w.category, UnusedRuleWarning)}
-        matched |= {_message(r) for r in recipe.rules} - unused
-        quantized, not_quantized = read_graph(gm)
-        floats += not_quantized
-        if quantized:
-            gm.meta["inc"]["bytes_before"] = attribute_bytes(module)
-            facts = {n: getattr(module, n) for n in ("in_features", "out_features", "nf", "num_embeddings", "embedding_dim")
-                     if hasattr(module, n)}  # fmt: skip
-            new[path] = Leaf(gm, kind, rank, path, module, facts)
-    for rule in recipe.rules:
-        if rule.where.kind != "all" and _message(rule) not in matched:
-            warnings.warn(_message(rule), UnusedRuleWarning, stacklevel=3)
-    if not new:
-        reasons = "; ".join(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats)) or "it has no Linear, Conv or Embedding"
-        hint = "give example_inputs, so that functional operators are seen, or change the config"
-        raise ConfigError(f"nothing in this model can be quantized ({reasons})", hint=hint)
-    before = attribute_bytes(model)
-    for path, leaf in new.items():
-        _put(model, path, leaf)
-    model.__dict__["_inc_module_scope"] = {"floats": floats, "bytes_before": before, "recipe": recipe}
-    return model
-
-
-def _message(rule: Any) -> str:
-    return f"{rule.origin or rule.where} matched no operator of the model"
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, name, module)
-
-
-def is_prepared(model: nn.Module) -> bool:
-    """Whether `prepare` has replaced leaves of this model."""
-    return "_inc_module_scope" in model.__dict__
-
-
-def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
-    """Convert and lower each leaf. A leaf that no calibration data reached stays float, and the report says so.
-
-    Raises:
-        CalibrationError: if no leaf saw data.
-    """
-    leaves = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, Leaf)]
-    if leaves and all(isinstance(m.inner, QuantizedModel) for _, m in leaves):
-        raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
-    seen = {p: _has_data(m.inner) for p, m in leaves}
-    if not any(seen.values()):
-        hint = "call it on representative inputs first: for x in data: prepared(x)"
-        raise CalibrationError("the prepared model has seen no calibration data", hint=hint)
-    facts = model.__dict__["_inc_module_scope"]
-    report = Report(facts["recipe"].method, "", floats=list(facts["floats"]), bytes_before=facts["bytes_before"])
-    report.notes.append("quantized layer by layer: operators outside Linear, Conv and Embedding modules were not looked at")
-    done: dict[str, nn.Module] = {}
-    for path, leaf in leaves:
-        if not seen[path]:
-            floats, _ = read_graph(leaf.inner)
-            report.floats += [OpLine(x.name, path, x.op, "no calibration data reached it") for x in floats]
-            done[path] = leaf._original[0]  # type: ignore[assignment]
-            continue
-        part = finish(leaf.inner, backend)
-        report.backend = part.report.backend
-        report.kernels += part.report.kernels
-        report.reference += part.report.reference
-        done[path] = Leaf(part, leaf.kind, leaf.rank, path, None, leaf.facts)
-    missing = [p for p in seen if not seen[p]]
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        warnings.warn(f"{len(missing)} layers saw no calibration data and stay float: {shown}", IncWarning, stacklevel=3)
-    if not inplace:
-        model = copy.deepcopy(model)
-    for path, module in done.items():
-        _put(model, path, module)
-    report.bytes_after = attribute_bytes(model)
-    name = "report" if not hasattr(model, "report") else "quantization_report"
-    model.__dict__[name] = report
-    return model
-
-
-def _has_data(gm: nn.Module) -> bool:
-    observers = [m for m in gm.modules() if isinstance(m, Observer)]
-    return all(o.elements for o in observers)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from inc_graph.capture import own_mutated
+from inc_graph.errors import IncError
 from inc_graph.graph import clone
 from inc_graph.report import Report
 
@@ -17,8 +19,9 @@ __all__ = ["QuantizedModel"]
 class QuantizedModel(nn.Module):
     """Result of `convert`: called like the float model.
 
-    Weights are kept once, in the form that the backend's kernels read. `graph` gives the device-agnostic Q-DQ graph back; its
-    weights are unpacked at that moment and belong to the caller.
+    Weights are kept once, in the form that the backend's kernels read. `graph` gives the device-agnostic Q-DQ graph
+    back: what is packed is unpacked at that moment, other tensors are shared. The model stays on its device, in its
+    dtypes and in eval mode: kernels hold constants that cannot follow.
 
     Attributes:
         report: What was quantized, what runs in which kernel, what stayed float and why.
@@ -26,7 +29,11 @@ class QuantizedModel(nn.Module):
     """
 
     def __init__(
-        self, qdq: fx.GraphModule, lowered: fx.GraphModule, report: Report, packed: dict[str, Callable[[], torch.Tensor]]
+        self,
+        qdq: fx.GraphModule,
+        lowered: fx.GraphModule,
+        report: Report,
+        packed: dict[str, Callable[[], torch.Tensor]],
     ) -> None:
         super().__init__()
         self.report = report
@@ -47,6 +54,7 @@ class QuantizedModel(nn.Module):
     def graph(self) -> fx.GraphModule:
         """The Q-DQ graph as a graph module of its own that runs on the reference implementation."""
         gm = clone(self._qdq[0])
+        own_mutated(gm)
         for name, codes in self._packed.items():
             gm.register_buffer(name, codes())
         return gm
@@ -54,10 +62,19 @@ class QuantizedModel(nn.Module):
     def train(self, mode: bool = True) -> QuantizedModel:
         """A converted model is for inference; `train(True)` is refused."""
         if mode:
-            from inc_graph.errors import IncError
-
             raise IncError("a converted model cannot be trained", hint="train the float model, then quantize it again")
         return super().train(False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedModel:
+        """What `to`, `half` and `cuda` go through: only what changes neither dtype nor device."""
+        own = next((t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), torch.empty(0))
+        probe = own.new_empty(1)
+        there = fn(probe)
+        if (there.dtype, there.device) != (probe.dtype, probe.device):
+            change = f"{probe.dtype} on {probe.device} to {there.dtype} on {there.device}"
+            hint = "move the float model, then quantize it there"
+            raise IncError(f"a converted model cannot go from {change}", hint=hint)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         r = self.report

@@ -6,8 +6,10 @@ import os
 import sys
 
 import torch
+from torch import nn
 
-from inc_graph.errors import ConfigError
+from inc_graph.errors import ConfigError, LoweringError
+from inc_graph.registry import BACKENDS
 
 __all__ = ["DEVICES", "choose_backend", "detect_device", "is_ipex_imported"]
 
@@ -20,8 +22,10 @@ def is_ipex_imported() -> bool:
     return "intel_extension_for_pytorch" in sys.modules
 
 
-def detect_device() -> str:
-    """The best accelerator present: hpu, xpu, cuda or cpu; `INC_TARGET_DEVICE` decides instead if set.
+def detect_device(model: nn.Module | None = None) -> str:
+    """The device that decides on a backend: where the tensors of `model` are, or the best accelerator present.
+
+    `INC_TARGET_DEVICE` decides instead if it is set.
 
     Raises:
         ConfigError: if `INC_TARGET_DEVICE` names no known device.
@@ -31,6 +35,10 @@ def detect_device() -> str:
         if wanted not in DEVICES:
             raise ConfigError(f"INC_TARGET_DEVICE={wanted!r} is not a device", hint=f"one of {', '.join(DEVICES)}")
         return wanted
+    if model is not None:
+        tensor = next(iter([*model.parameters(), *model.buffers()]), None)
+        if tensor is not None:
+            return tensor.device.type
     for name in DEVICES[:-1]:
         module = getattr(torch, name, None)
         if module is not None and getattr(module, "is_available", lambda: False)():
@@ -45,19 +53,18 @@ def choose_backend(backend: str = "auto", device: str | None = None) -> tuple[st
         UnknownNameError: if an explicit backend does not exist.
         LoweringError: if an explicit backend cannot run here.
     """
-    from inc_graph.registry import BACKENDS
-
     if backend != "auto":
-        from inc_graph.errors import LoweringError
-
         reason = BACKENDS.get(backend).available()
         if reason is not None:
             raise LoweringError(f"backend '{backend}' is not available: {reason}", hint="backend='eager' always is")
         return backend, ""
     device = device or detect_device()
-    wanted = "ipex" if device in ("cpu", "xpu") and is_ipex_imported() and "ipex" in BACKENDS else _BACKENDS[device]
+    wanted = _BACKENDS.get(device, "")
+    if device in ("cpu", "xpu") and is_ipex_imported() and "ipex" in BACKENDS:
+        wanted = "ipex"
     if wanted not in BACKENDS:
-        fallback = "inductor" if device == "cpu" else "eager"
-        return fallback, f"no backend for {device} in this version; using '{fallback}'"
+        return "eager", f"no backend for {device} in this version; using 'eager'"
     reason = BACKENDS.get(wanted).available()
-    return (wanted, "") if reason is None else ("eager", f"backend '{wanted}' is not available: {reason}; using 'eager'")
+    return (
+        (wanted, "") if reason is None else ("eager", f"backend '{wanted}' is not available: {reason}; using 'eager'")
+    )

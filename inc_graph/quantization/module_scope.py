@@ -1,0 +1,255 @@
+"""Module scope: a model that cannot be exported as a whole is quantized layer by layer.
+
+Each layer (Linear, Conv*, Embedding, the Conv1D of HF transformers) becomes a small captured graph in place, on which
+the same passes and lowerings run; the model keeps its class, its methods and its Python control flow. Functional calls
+(`torch.matmul`, `+`) are not seen here.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from inc_graph.errors import CaptureError, ConfigError, IncWarning, UnusedRuleWarning
+from inc_graph.oppattern import pattern_of
+from inc_graph.passmanager import Pipeline
+from inc_graph.quantization.finish import finish, no_data, observers_of
+from inc_graph.quantization.leaf import Captures, Leaf, form_of, is_layer, unfit
+from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.names import warn_prefixes
+from inc_graph.recipe import Recipe, WhereRule, set_recipe
+from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
+from inc_graph.utils.progress import progress
+
+__all__ = ["convert", "is_prepared", "leaves", "prepare", "undo"]
+
+_MARK = "_inc_module_scope"
+_NO_LAYER = "it has no Linear, Conv or Embedding"
+_NOTE = "quantized layer by layer: operators outside Linear, Conv and Embedding modules were not looked at"
+
+
+@dataclass
+class _Facts:
+    """What prepare leaves on the model for convert and undo."""
+
+    recipe: Recipe
+    floats: list[OpLine]
+    bytes_before: int
+    timings: Counter[str] = field(default_factory=Counter)
+    flags: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # (module, attribute, value before)
+
+
+def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
+    """Replace each layer that the recipe quantizes by its observed graph. All or nothing.
+
+    A model that is one layer itself cannot become another object: it gives a `Leaf` and stays as it is.
+
+    Raises:
+        ConfigError: if no layer is quantized; with the reasons.
+        CaptureError: if the model cannot be copied (`inplace=False`).
+    """
+    if not inplace:
+        model = _copy(model)
+    facts = _Facts(recipe, [], attribute_bytes(model))
+    plan = _plan(model, facts)
+    if not any(new is not None for _, new in plan):
+        reasons = "; ".join(dict.fromkeys(f"{f.op}: {f.detail}" for f in facts.floats)) or _NO_LAYER
+        hint = "give example_inputs, so that functional operators are seen, or change the config"
+        if isinstance(model, fx.GraphModule):
+            hint = "give example_inputs, or the ExportedProgram itself: in a graph the operators are functions"
+        raise ConfigError(f"nothing in this model can be quantized ({reasons})", hint=hint)
+    facts.floats += [
+        OpLine(path, path, type(module).__name__, "only Linear, Conv and Embedding are quantized layer by layer")
+        for path, module in model.named_modules()
+        if not is_layer(module) and module._parameters and not isinstance(module, nn.ParameterList | nn.ParameterDict)
+    ]
+    for paths, new in plan:
+        model = _put(model, paths, new)
+    facts.flags = _call_every_layer(model)
+    model.__dict__[_MARK] = facts
+    return model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as e:
+        hint = "use inplace=True, or make the copy yourself"
+        raise CaptureError(f"the model cannot be copied: {type(e).__name__}: {e}", hint=hint) from e
+
+
+# ------------------------------------------------------------------------------------------------------------ prepare
+def _plan(model: nn.Module, facts: _Facts) -> list[tuple[list[str], Leaf | None]]:
+    """(paths, leaf) of every layer; nothing is changed. What stays float goes into `facts.floats`."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if is_layer(module):
+            paths.setdefault(module, []).append(path)
+    captures, matched, plan = Captures(), set[int](), []
+    with warnings.catch_warnings(), progress("prepare", len(paths)) as step:
+        warnings.simplefilter("ignore", UnusedRuleWarning)  # each small graph would warn of rules for the others
+        for module, names in paths.items():
+            step(names[0])
+            plan.append((names, _leaf(model, module, names, captures, facts, matched)))
+    for i, rule in enumerate(facts.recipe.rules):
+        if rule.where.kind != "all" and i not in matched:
+            message = f"{rule.origin or rule.where} matched no operator of the model"
+            warnings.warn(message, UnusedRuleWarning, stacklevel=5)
+    warn_prefixes(facts.recipe, [p for names in paths.values() for p in names], stacklevel=6)
+    return plan
+
+
+def _leaf(
+    model: nn.Module, module: nn.Module, names: list[str], captures: Captures, facts: _Facts, matched: set[int]
+) -> Leaf | None:
+    parent = model.get_submodule(names[0].rpartition(".")[0]) if names[0] else None
+    kind = type(module).__name__
+    if (reason := unfit(module, parent)) is not None:
+        facts.floats.append(OpLine(names[0], names[0], kind, reason))
+        return None
+    form, example, dims = form_of(module)
+    try:
+        gm = captures.get(module, names[0], example, dims)
+    except CaptureError as e:
+        facts.floats.append(OpLine(names[0], names[0], kind, f"it cannot be captured: {e.message}"))
+        warnings.warn(f"layer {names[0]!r} stays float: {e}", IncWarning, stacklevel=6)
+        return None
+    rules = facts.recipe.rules
+    found = {name: _rules_for(gm, name, module, rules) for name in names}
+    matched.update(*found.values())
+    # a layer that is used under several names goes by the first one that a rule speaks of
+    chosen = next((n for n in names if any(rules[i].where.kind == "name" for i in found[n])), names[0])
+    _rules_for(gm, chosen, module, rules)
+    set_recipe(gm, facts.recipe)
+    result = Pipeline.parse(facts.recipe.prepare).run(gm)
+    for done, seconds in result.timings:
+        facts.timings[done] += seconds  # type: ignore[assignment]
+    quantized, floats = read_graph(result.graph)
+    facts.floats += floats
+    if not quantized:
+        return None
+    result.graph.meta["inc"]["bytes_before"] = attribute_bytes(module)
+    return Leaf(result.graph, form, names[0], module)
+
+
+def _rules_for(gm: fx.GraphModule, name: str, module: nn.Module, rules: tuple[WhereRule, ...]) -> set[int]:
+    """Give the graph's operators the path `name`; the indices of the rules that speak of one of them."""
+    stack = {name: (name, type(module))}
+    for node in gm.graph.nodes:
+        node.meta["nn_module_stack"] = stack
+    nodes = [(n, p) for n in gm.graph.nodes if (p := pattern_of(n)) is not None]
+    return {i for i, rule in enumerate(rules) if any(rule.where.matches(n, p) for n, p in nodes)}
+
+
+def _put(model: nn.Module, paths: list[str], module: nn.Module | None) -> nn.Module:
+    """Put a module at its paths; the model, which is the module itself if its path is ''."""
+    if module is None:
+        return model
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        if not name:
+            return module
+        model.get_submodule(parent)._modules[name] = module
+    return model
+
+
+def _call_every_layer(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Turn off torch's fused transformer encoder, which reads the layers' weights and never calls the layers."""
+    changed = []
+    for module in model.modules():
+        off = {
+            nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+            nn.TransformerEncoder: ("use_nested_tensor", False),
+        }
+        for kind, (name, value) in off.items():
+            if isinstance(module, kind) and any(isinstance(m, Leaf) for m in module.modules()) and name in vars(module):
+                changed.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
+    return changed
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare` has replaced layers of this model."""
+    return _MARK in model.__dict__
+
+
+def leaves(model: nn.Module) -> dict[Leaf, list[str]]:
+    """The leaves and the paths where each one stands."""
+    found: dict[Leaf, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Leaf):
+            found.setdefault(module, []).append(path)
+    return found
+
+
+def undo(model: nn.Module) -> nn.Module:
+    """Put the float layers back: the model as it was before `prepare`."""
+    facts: _Facts = model.__dict__.pop(_MARK)
+    for leaf, paths in leaves(model).items():
+        model = _put(model, paths, leaf.original)
+    for module, name, value in facts.flags:
+        setattr(module, name, value)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------ convert
+def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
+    """Convert and lower each leaf. A leaf that no calibration data reached stays float, and the report says so.
+
+    Raises:
+        CalibrationError: if no leaf saw data.
+    """
+    found = leaves(model)
+    if all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
+        raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
+    watched = {leaf: observers_of(leaf) for leaf in found}
+    if any(watched.values()) and not any(o.elements for observers in watched.values() for o in observers):
+        raise no_data()
+    facts: _Facts = model.__dict__[_MARK]
+    report = Report(facts.recipe.method, "", floats=list(facts.floats), bytes_before=facts.bytes_before, notes=[_NOTE])
+    timings = Counter(facts.timings)
+    new: dict[Leaf, nn.Module] = {}
+    missing: list[str] = []
+    with progress("convert", len(found)) as step:
+        for leaf, observers in watched.items():
+            step(leaf.path)
+            reason = None
+            if leaf.extra_call:
+                reason = "it is called with more than its input"
+            elif not all(o.elements for o in observers):
+                reason = "no calibration data reached it: it was never called, or only with empty inputs"
+                missing.append(leaf.path)
+            if reason is not None:
+                new[leaf] = leaf.original  # type: ignore[assignment]
+                report.floats += [OpLine(x.name, leaf.path, x.op, reason) for x in read_graph(leaf.inner)[0]]  # type: ignore[arg-type]
+                continue
+            part = finish(leaf.inner, backend, show=False)  # type: ignore[arg-type]
+            new[leaf] = leaf.converted(part)
+            report.backend = part.report.backend
+            report.kernels += part.report.kernels
+            report.reference += part.report.reference
+            for name, seconds in part.report.timings:
+                timings[name] += seconds  # type: ignore[assignment]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        warnings.warn(
+            f"{len(missing)} layers saw no calibration data and stay float: {shown}", IncWarning, stacklevel=3
+        )
+    if inplace:
+        for leaf, paths in found.items():
+            model = _put(model, paths, new[leaf])
+    else:
+        memo: dict[int, Any] = {}
+        for leaf, module in new.items():  # the copy gets the new module where it would copy the leaf
+            memo[id(leaf)] = copy.deepcopy(module, memo) if module is leaf.original else module
+        model = copy.deepcopy(model, memo)
+    model.__dict__.pop(_MARK, None)
+    report.timings = list(timings.items())
+    report.bytes_after = attribute_bytes(model)
+    model.__dict__["report" if not hasattr(model, "report") else "quantization_report"] = report
+    return model
