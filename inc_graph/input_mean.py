@@ -16,7 +16,8 @@ class MeanObserver(nn.Module):
 
     Args:
         kind: "channels": mean over all dimensions but the last, ``[channels]``. "map": mean over the batch only,
-            ``[channels, *spatial]``; if batches come in several sizes, mean over batch and space, ``[channels, 1, ...]``.
+            ``[channels, *spatial]``; if batches come in several sizes, mean over batch and space, ``[channels, 1,
+            ...]``.
         node, module: The layer, for messages.
 
     Attributes:

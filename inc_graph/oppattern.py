@@ -1,13 +1,13 @@
 """WHERE: what an operator of the normal form means to quantization.
 
 One `OpPattern` describes a family of aten targets: which arguments are activations worth quantizing, which one is the
-weight, and what role the operator plays. The annotate pass reads nothing else about an operator, so a new operator is one
-file in `passes/patterns/` that registers one of these.
+weight, and what role the operator plays. The annotate pass reads nothing else about an operator, so a new operator is
+one file in `passes/patterns/` that registers one of these.
 
 Roles:
     anchor      computes; gains from quantized inputs (convolution, linear, matmul, embedding)
     follower    elementwise; worth quantizing only between quantized neighbours, has its own output scale (add, mul)
-    carrier     moves values without changing them; its output has its input's scale (view, max_pool, cat, pad with zero)
+    carrier     moves values without changing them; its output has its input's scale (view, max_pool, cat, zero padding)
     activation  part of the anchor or follower that produces its input (relu, gelu); never quantized by itself
     opaque      known, and never quantized in this version; `reason` says why (lstm)
 """

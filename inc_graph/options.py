@@ -1,4 +1,4 @@
-"""Algorithms as text: `percentile{percent=99.99}` <-> a range estimator. One spelling for configs, recipes and pipelines."""
+"""Algorithms as text, `percentile{percent=99.99}` for a range estimator: one spelling for configs and recipes."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """WHERE -> WHAT + HOW: the ordered list of rules that a user's config compiles to.
 
-`prepare` and `convert` know recipes and pipelines only. A recipe is JSON-able and rides in `gm.meta["inc"]["recipe"]`, so
-that convert, saving and inspection see the decisions that prepare was given. The most specific rule wins; among equals, the
-one said last.
+`prepare` and `convert` know recipes and pipelines only. A recipe is JSON-able and rides in `gm.meta["inc"]["recipe"]`,
+so that convert, saving and inspection see the decisions that prepare was given. The most specific rule wins; among
+equals, the one said last.
 
-A name is the path of a module, as a regular expression that is matched at its start. An operator that is a function call
-has no module of its own (`torch.matmul` in somebody's forward): it can be named by its name in the graph, in full.
+A name is the path of a module, as a regular expression that is matched at its start. An operator that is a function
+call has no module of its own (`torch.matmul` in somebody's forward): it can be named by its name in the graph, in full.
 """
 
 from __future__ import annotations

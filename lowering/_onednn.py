@@ -1,16 +1,16 @@
 """int8 layers on oneDNN: prepacked weights, fused activation, fused residual add, requantized output.
 
-A layer is one immutable object that holds all constants of a convolution or linear layer. Called directly it goes straight to
-`torch.ops.onednn`; under torch.compile it goes through one opaque operator of ours, because a packed weight can be neither a
-graph constant nor a module buffer there. Accumulation is exact in int32; scaling and post-ops are float32.
+A layer is one immutable object that holds all constants of a convolution or linear layer. Called directly it goes
+straight to `torch.ops.onednn`; under torch.compile it goes through one opaque operator of ours, because a packed weight
+can be neither a graph constant nor a module buffer there. Accumulation is exact in int32; scaling and post-ops are
+float32.
 
-Shapes: linear x [*, in] -> [*, out]; convolution x [N, C, *space] -> [N, out, *space'], channels last in memory.
+Shapes: linear x [*, in] -> [*, out]; convolution x [N, C, *space] -> [N, out, *space'], channels last in memory. A
+convolution of one dimension runs as one of two, [N, C, 1, L], for which the kernels can fuse more.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from inc_graph.errors import LoweringError
+
+__all__ = ["HAS_OPAQUE", "Activation", "Geometry", "Int8Layer", "Other", "Output", "int8_layer", "int8_layer_add",
+           "int8_layer_sum"]  # fmt: skip
 
 onednn = torch.ops.onednn
 
@@ -29,10 +32,6 @@ try:  # private, and absent before torch 2.9: without it torch.compile breaks th
     HAS_OPAQUE = True
 except ImportError:
     OpaqueBase, HAS_OPAQUE = object, False  # type: ignore[misc,assignment]
-
-COUNTS: Counter[str] = Counter()
-"""Calls of each kernel, counted only while `counting` is on (see `count_kernels`)."""
-_counting = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,19 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A second operand that the layer adds before its activation.
+
+    "add": float32 values (linear layers only). "sum": codes with a scale and zero point, of the dtype of the output;
+    the kernel writes its result into their memory.
+    """
+
+    form: str
+    scale: float = 1.0
+    zero_point: int = 0
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Stride, padding and dilation of a convolution, one entry per space dimension; and its groups."""
 
@@ -68,7 +80,16 @@ class Geometry:
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in dims]
 
 
-class Int8Layer(OpaqueBase):  # type: ignore[misc,valid-type]
+PLAIN, FLOAT = Activation(), Output()
+
+# What the kernels take, by dimensions of space (0: linear layer).
+_CONV = ("none", "relu", "hardtanh", "hardswish", "swish")
+ACTIVATIONS = {0: (*_CONV, "gelu", "tanh", "leaky_relu"), 1: _CONV, 2: _CONV, 3: ("none",)}
+FORMS: dict[int, tuple[str, ...]] = {0: ("add", "sum"), 1: ("sum",), 2: ("sum",), 3: ()}
+"""Operands that can be added; behind one only "none" and "relu" are possible."""
+
+
+class Int8Layer(OpaqueBase):
     """A quantized linear layer (geometry None) or convolution, ready to run.
 
     Args:
@@ -76,7 +97,12 @@ class Int8Layer(OpaqueBase):  # type: ignore[misc,valid-type]
         w_scale: float32 [out].
         bias: float32 [out] or None.
         x_scale, x_zero_point: of the input, uint8 (linear: or int8).
+        geometry: Of a convolution.
+        activation, output, other: What is fused behind it.
         x_shape: A typical input shape, which the packed layout is chosen for; None if not known.
+
+    Raises:
+        LoweringError: for a combination that the kernels would refuse when they run.
     """
 
     def __init__(
@@ -87,59 +113,64 @@ class Int8Layer(OpaqueBase):  # type: ignore[misc,valid-type]
         x_scale: float,
         x_zero_point: int,
         geometry: Geometry | None = None,
-        activation: Activation = Activation(),  # noqa: B008 - immutable
-        output: Output = Output(),  # noqa: B008
-        other: tuple[str, float, int] | None = None,
+        activation: Activation = PLAIN,
+        output: Output = FLOAT,
+        other: Other | None = None,
         x_shape: Sequence[int] | None = None,
-        name: str = "",
     ) -> None:
-        self.name, self.geometry, self.activation, self.output, self.other = name, geometry, activation, output, other
+        self.geometry, self.activation, self.output, self.other = geometry, activation, output, other
         self.shape = tuple(codes.shape)
         self.w_scale, self.bias = w_scale.contiguous(), bias
         self.w_zero = torch.zeros(len(w_scale), dtype=torch.int32)
-        self.x_scale, self.x_zero_point = x_scale, x_zero_point
+        self._check()
+        typical = list(x_shape) if x_shape else None
+        self._flat = geometry is not None and len(geometry.stride) == 1
+        space: tuple[Any, ...] = ()
         if geometry is None:
-            self.packed = onednn.qlinear_prepack(codes.contiguous(), list(x_shape) if x_shape else None)
+            self.packed = onednn.qlinear_prepack(codes.contiguous(), typical)
         else:
             g = geometry
-            args = (list(g.stride), list(g.padding), list(g.dilation), g.groups, list(x_shape) if x_shape else None)
-            self.packed = onednn.qconv_prepack(codes, self.w_scale, x_scale, x_zero_point, *args)
-        self._head = (x_scale, x_zero_point, self.packed, self.w_scale, self.w_zero)
-        self._out = (output.scale, output.zero_point, output.dtype)
-        self._post = (activation.name, list(activation.scalars), activation.algorithm)
+            if self._flat:
+                g = Geometry((1, *g.stride), (0, *g.padding), (1, *g.dilation), g.groups)
+                codes, typical = codes.unsqueeze(-2), typical and [*typical[:2], 1, *typical[2:]]
+            space = (list(g.stride), list(g.padding), list(g.dilation), g.groups)
+            self.packed = onednn.qconv_prepack(codes, self.w_scale, x_scale, x_zero_point, *space, typical)
+        kernels = (onednn.qlinear_pointwise.default, onednn.qlinear_pointwise.binary)
         if geometry is not None:
-            self._space = (list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups)
-        self._check()
+            kernels = (onednn.qconv_pointwise.default, onednn.qconv2d_pointwise.binary)
+        added = () if other is None else (other.scale, other.zero_point, other.form, 1.0)
+        post = (activation.name, list(activation.scalars), activation.algorithm)
+        self._kernel = kernels[other is not None]
+        self._in_place = other is not None and other.form == "sum"
+        self._layout = torch.contiguous_format if geometry is None else torch.channels_last  # of the second operand
+        self._head = (x_scale, x_zero_point, self.packed, self.w_scale, self.w_zero)
+        self._rest = (bias, *space, output.scale, output.zero_point, output.dtype, *added, *post)
 
     def _check(self) -> None:
-        """Everything the kernels refuse at run time is refused here."""
-        if self.geometry is not None and self.other is not None:
-            kind = (self.other[0], self.activation.name)
-            if kind not in (("sum", "none"), ("sum", "relu")) or len(self.geometry.stride) != 2:
-                raise LoweringError(f"no fused form for {kind} of a {len(self.geometry.stride)}-d convolution")
+        """Everything that the kernels refuse at run time is refused here."""
+        dims = 0 if self.geometry is None else len(self.geometry.stride)
+        added = self.other is None or (self.other.form in FORMS[dims] and self.activation.name in ("none", "relu"))
+        if not added or self.activation.name not in ACTIVATIONS[dims]:
+            raise LoweringError(f"oneDNN has no kernel for {self!r}")
 
-    # ------------------------------------------------------------------------------------------------ execution
+    # --------------------------------------------------------------------------------------------------- execution
     def run(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The layer on codes `x`. With `other`, its value is added before the activation.
 
-        For the "sum" form `other` is written to and returned.
+        For the "sum" form `other` is written to and returned, or a copy of it if its layout is not the output's.
         """
-        if _counting:
-            COUNTS["linear" if self.geometry is None else "conv"] += 1
-        scale, zero, dtype = self._out
-        if self.geometry is None:
-            if other is None:
-                return onednn.qlinear_pointwise.default(x, *self._head, self.bias, scale, zero, dtype, *self._post)
-            form, o_scale, o_zero = self.other  # type: ignore[misc]
-            return onednn.qlinear_pointwise.binary(
-                x, *self._head, other, self.bias, scale, zero, dtype, o_scale, o_zero, form, 1.0, *self._post
-            )
+        if not x.numel():  # the kernels lose dimensions of an empty batch
+            return self.empty_out(x)
+        if self._flat:
+            x, other = x.unsqueeze(-2), None if other is None else other.unsqueeze(-2)
         if other is None:
-            return onednn.qconv_pointwise.default(x, *self._head, self.bias, *self._space, scale, zero, dtype, *self._post)
-        form, o_scale, o_zero = self.other  # type: ignore[misc]
-        return onednn.qconv2d_pointwise.binary(
-            x, *self._head, other, self.bias, *self._space, scale, zero, dtype, o_scale, o_zero, form, 1.0, *self._post
-        )
+            out = self._kernel(x, *self._head, *self._rest)
+        else:
+            other = other.contiguous(memory_format=self._layout)
+            out = self._kernel(x, *self._head, other, *self._rest)
+            if self._in_place:  # what the kernel gives back is a copy of what it has written
+                out = other
+        return out.squeeze(-2) if self._flat else out
 
     def out_shape(self, x: Tensor) -> list[Any]:
         """Output shape for input `x`."""
@@ -155,55 +186,65 @@ class Int8Layer(OpaqueBase):  # type: ignore[misc,valid-type]
         last = x.new_empty([shape[0], *shape[2:], shape[1]], dtype=self.output.dtype)
         return last.permute(0, -1, *range(1, len(shape) - 1))
 
-    # ---------------------------------------------------------------------------------------------------- storage
+    # ----------------------------------------------------------------------------------------------------- storage
     def codes(self) -> Tensor:
         """The int8 weight, unpacked: the packed form is the only copy that is kept."""
         dense = self.packed.to_dense()
         return (dense.t() if self.geometry is None else dense.reshape(self.shape)).contiguous()
 
     def nbytes(self) -> int:
-        """Bytes of the weight, its scales and the bias."""
-        tensors = (self.w_scale, self.bias)
-        return self.packed.numel() + sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        """Bytes of the weight as it is packed (padded to oneDNN's blocks), its scales and zero points, and the bias."""
+        tensors = (self.w_scale, self.w_zero, self.bias)
+        return torch.ops.mkldnn._nbytes(self.packed) + sum(t.nbytes for t in tensors if t is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Layer:
         return self  # immutable
 
     def __repr__(self) -> str:
         kind = "linear" if self.geometry is None else f"conv{len(self.geometry.stride)}d"
-        fused = [self.other[0]] if self.other else []
+        fused = [self.other.form] if self.other else []
         fused += [self.activation.name] if self.activation.name != "none" else []
-        return f"Int8Layer({kind} {list(self.shape)}{' + ' + ' + '.join(fused) if fused else ''} -> {self.output.dtype})"
+        return f"Int8Layer({' + '.join([f'{kind} {list(self.shape)}', *fused])} -> {self.output.dtype})"
 
 
-# --------------------------------------------------------------------------------------------- graph call targets
+# ------------------------------------------------------------------------------------------ targets of graph calls
 _lib = torch.library.Library("inc_onednn", "FRAGMENT")
+
+
+def _real(layer: Any) -> Any:
+    """The object behind what a tracer hands in."""
+    return getattr(layer, "real_obj", layer)
+
+
+def _layer_sum_(x: Tensor, other: Tensor, layer: Any) -> None:
+    out = _real(layer).run(x, other)
+    if out.data_ptr() != other.data_ptr():
+        other.copy_(out)
+
+
+def _define(schema: str, run: Any, fake: Any) -> None:
+    name = schema.partition("(")[0]
+    _lib.define(schema)
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"inc_onednn::{name}", fake, lib=_lib)
+
+
 if HAS_OPAQUE:
     register_opaque_type(Int8Layer, typ="reference")
     _type = get_opaque_type_name(Int8Layer)
-    _lib.define(f"layer(Tensor x, {_type} layer) -> Tensor")
-    _lib.define(f"layer_add(Tensor x, Tensor other, {_type} layer) -> Tensor")
-    _lib.define(f"layer_sum_(Tensor x, Tensor(a!) other, {_type} layer) -> ()")
-
-    def _real(layer: Any) -> Int8Layer:
-        return getattr(layer, "real_obj", layer)
-
-    def _layer(x: Tensor, layer: Any) -> Tensor:
-        return _real(layer).run(x)
-
-    def _layer_add(x: Tensor, other: Tensor, layer: Any) -> Tensor:
-        return _real(layer).run(x, other)
-
-    def _layer_sum_(x: Tensor, other: Tensor, layer: Any) -> None:
-        out = _real(layer).run(x, other)
-        if out.data_ptr() != other.data_ptr():
-            other.copy_(out)
-
-    for _name, _fn in (("layer", _layer), ("layer_add", _layer_add), ("layer_sum_", _layer_sum_)):
-        _lib.impl(_name, _fn, "CompositeExplicitAutograd")
-    torch.library.register_fake("inc_onednn::layer", lambda x, layer: _real(layer).empty_out(x), lib=_lib)
-    torch.library.register_fake("inc_onednn::layer_add", lambda x, other, layer: _real(layer).empty_out(x), lib=_lib)
-    torch.library.register_fake("inc_onednn::layer_sum_", lambda x, other, layer: None, lib=_lib)
+    _define(
+        f"layer(Tensor x, {_type} layer) -> Tensor",
+        lambda x, layer: _real(layer).run(x),
+        lambda x, layer: _real(layer).empty_out(x),
+    )
+    _define(
+        f"layer_add(Tensor x, Tensor other, {_type} layer) -> Tensor",
+        lambda x, other, layer: _real(layer).run(x, other),
+        lambda x, other, layer: _real(layer).empty_out(x),
+    )
+    _define(f"layer_sum_(Tensor x, Tensor(a!) other, {_type} layer) -> ()", _layer_sum_, lambda x, other, layer: None)
+else:
+    Int8Layer.run = torch.compiler.disable(Int8Layer.run)  # type: ignore[method-assign]
 
 
 def int8_layer(x: Tensor, layer: Int8Layer) -> Tensor:
@@ -214,7 +255,7 @@ def int8_layer(x: Tensor, layer: Int8Layer) -> Tensor:
 
 
 def int8_layer_add(x: Tensor, other: Tensor, layer: Int8Layer) -> Tensor:
-    """Run a layer and add `other` (float) before its activation."""
+    """Run a layer and add `other` (float32) before its activation."""
     if HAS_OPAQUE and torch.compiler.is_compiling():
         return torch.ops.inc_onednn.layer_add(x, other, layer)
     return layer.run(x, other)
@@ -226,70 +267,3 @@ def int8_layer_sum(x: Tensor, other: Tensor, layer: Int8Layer) -> Tensor:
         torch.ops.inc_onednn.layer_sum_(x, other, layer)
         return other
     return layer.run(x, other)
-
-
-if not HAS_OPAQUE:
-    Int8Layer.run = torch.compiler.disable(Int8Layer.run)  # type: ignore[method-assign]
-
-
-def quantize_codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-    """float -> uint8 or int8 codes over the whole range of the type, one pass over the data."""
-    if x.dtype != torch.float32 or not x.device.type == "cpu" or torch.compiler.is_compiling():
-        info = torch.iinfo(dtype)
-        codes = torch.round(x.float() * (1.0 / scale)) + zero_point
-        return torch.clamp(codes, info.min, info.max).to(dtype)
-    if _counting:
-        COUNTS["quantize"] += 1
-    qdtype = torch.quint8 if dtype == torch.uint8 else torch.qint8
-    if torch.ops.aten.is_non_overlapping_and_dense.default(x):  # any layout without holes: the memory as one row
-        q = torch.quantize_per_tensor(x.as_strided((x.numel(),), (1,)), scale, zero_point, qdtype)
-        return torch.empty(0, dtype=dtype).set_(q.untyped_storage(), 0, x.shape, x.stride())
-    q = torch.quantize_per_tensor(x, scale, zero_point, qdtype).int_repr()
-    return torch.empty_like(x, dtype=dtype).copy_(q)  # the layout that shape propagation has promised
-
-
-# torch warns of a later release than the range this package supports
-warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel", category=UserWarning)
-
-
-def dequantize_codes(q: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-    """codes -> float."""
-    return ((q.float() - zero_point) * scale).to(dtype)
-
-
-def codes_to_unsigned(x: Tensor) -> Tensor:
-    """int8 codes as uint8 codes of a zero point 128 higher."""
-    return x.view(torch.uint8) ^ 128
-
-
-def lookup_rows(table: Tensor, scale: Tensor, zero_point: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a quantized table, dequantized after the lookup. table [rows, dim] int8, scale [rows, 1] -> [*index, dim]."""
-    codes = table[index].float()
-    if zero_point is not None:
-        codes = codes - zero_point[index]
-    return (codes * scale[index]).to(dtype)
-
-
-def spread(x: Tensor, stride: Sequence[int], before: Sequence[int], after: Sequence[int], fill: int) -> Tensor:
-    """Codes with `stride - 1` fill values between neighbours and a border of `fill`: the input of a transposed convolution."""
-    space = [(n - 1) * s + 1 + b + a for n, s, b, a in zip(x.shape[2:], stride, before, after, strict=True)]
-    out = torch.full((x.shape[0], *space, x.shape[1]), fill, dtype=x.dtype, device=x.device)
-    out = out.permute(0, -1, *range(1, x.ndim - 1))
-    where = [slice(None), slice(None)]
-    where += [slice(b, b + (n - 1) * s + 1, s) for n, s, b in zip(x.shape[2:], stride, before, strict=True)]
-    out[tuple(where)] = x
-    return out
-
-
-class count_kernels:
-    """Context manager that counts kernel calls: `with count_kernels() as counts: model(x)`; eager execution only."""
-
-    def __enter__(self) -> Counter[str]:
-        global _counting
-        COUNTS.clear()
-        _counting = True
-        return COUNTS
-
-    def __exit__(self, *exc: Any) -> None:
-        global _counting
-        _counting = False

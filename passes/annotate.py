@@ -7,30 +7,29 @@ What is written into `meta["custom"]["inc"]`:
                       weight  {spec, algorithm} for a layer with a weight
     on a float op     float   the reason
 
-Readers are chosen from the outputs backwards: anchors (convolution, linear) first; a follower (add) joins if all readers of
-its result are quantized and its backend can fuse it; a carrier (view, max_pool) passes the wish of its readers on to its
-input, with the same scale. A value that a fused producer hands to a follower (conv -> add) stays in the accumulator: it is
-not quantized.
+Readers are chosen from the outputs backwards: anchors (convolution, linear) first; a follower (add) joins if all
+readers of its result are quantized and its backend can fuse it; a carrier (view, max_pool) passes the wish of its
+readers on to its input, with the same scale. A value that a fused producer hands to a follower (conv -> add) stays in
+the accumulator: it is not quantized. Masks, positions and constants are told from data by `_eligible` and never
+quantized.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-import torch
 from torch import fx
 
 from inc_graph.errors import UnusedRuleWarning
-from inc_graph.graph import get_tensor, inc_meta, is_float, module_path, mutated_attrs, set_level
+from inc_graph.graph import inc_meta, is_float, set_level
 from inc_graph.oppattern import OpPattern, pattern_of
+from inc_graph.passes._eligible import DATA, Facts, useless, weight_spec
 from inc_graph.passmanager import Pass, PassReport, PassResult
-from inc_graph.recipe import OpQuant, Recipe, get_recipe, type_names
+from inc_graph.recipe import OpQuant, Recipe, get_recipe
 from inc_graph.registry import PASSES
-from inc_graph.spec import PerChannel, QSpec
-
-aten = torch.ops.aten
+from inc_graph.spec import PerTensor, QSpec
 
 Key = tuple[str, str]  # text of the QSpec, algorithm: values read under one key share their scale
 
@@ -40,7 +39,7 @@ class _State:
     """What is known while walking backwards."""
 
     recipe: Recipe
-    mutated: set[str]
+    facts: Facts
     wants: dict[fx.Node, dict[Key, QSpec]] = field(default_factory=dict)  # value -> formats wanted
     reads: dict[fx.Node, dict[fx.Node, Key]] = field(default_factory=dict)  # reader -> value -> format
     group: dict[tuple[fx.Node, Key], tuple[fx.Node, Key]] = field(default_factory=dict)  # union-find
@@ -68,10 +67,10 @@ class Annotate(Pass):
     ensures: ClassVar[str] = "annotated"
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        state = _State(get_recipe(gm), mutated_attrs(gm))
+        state = _State(get_recipe(gm), Facts(gm))
         for node in gm.graph.nodes:
             if (pattern := pattern_of(node)) is not None and pattern.role == "anchor":
-                _anchor(gm, node, pattern, state)
+                _anchor(node, pattern, state)
         for node in reversed(gm.graph.nodes):
             _reader(node, state)
         _write(gm, state)
@@ -95,48 +94,22 @@ def _rule(node: fx.Node, pattern: OpPattern, state: _State) -> tuple[int, OpQuan
     return index, rule.what
 
 
-def _anchor(gm: fx.GraphModule, node: fx.Node, pattern: OpPattern, state: _State) -> None:
+def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
     rule = _rule(node, pattern, state)
     if isinstance(rule, str):
         state.float_[node] = rule
         return
     index, what = rule
-    reason = pattern.check(node) or _bad_inputs(pattern, node, state) or _bad_weight(gm, pattern, node, state)
-    if reason is None and pattern.inputs and what.activation is None and pattern.weight is None:
-        reason = "it has no weight, and the rule quantizes weights only"
+    reason = (
+        pattern.check(node)
+        or useless(pattern, what)
+        or state.facts.bad_inputs(pattern, node, what.activation)
+        or state.facts.bad_weight(pattern, node, what.weight)
+    )
     if reason:
         state.float_[node] = reason
     else:
         state.ops[node] = (pattern, index, what)
-
-
-def _bad_inputs(pattern: OpPattern, node: fx.Node, state: _State) -> str | None:
-    if not is_float(node):
-        return f"its result is {getattr(node.meta.get('val'), 'dtype', 'not one tensor')}, not floating point"
-    for value in pattern.activations(node):
-        if not is_float(value):
-            return f"input {value.name} is not floating point"
-        if value.op == "get_attr" and value.target in state.mutated:
-            return f"input {value.target} is a buffer that the model writes to"
-    return None
-
-
-def _bad_weight(gm: fx.GraphModule, pattern: OpPattern, node: fx.Node, state: _State) -> str | None:
-    if pattern.weight is None:
-        return None
-    weight: Any = node.args[pattern.weight]
-    if weight.op != "get_attr":
-        return "its weight is computed at run time, not a parameter"
-    if weight.target in state.mutated:
-        return f"its weight {weight.target} is a buffer that the model writes to"
-    tensor = get_tensor(gm, weight)
-    if tensor.is_meta:
-        return f"its weight {weight.target} is on the meta device and has no values"
-    if not tensor.is_floating_point():
-        return f"its weight {weight.target} is {tensor.dtype}, not floating point"
-    if not bool(torch.isfinite(tensor).all()):
-        return f"its weight {weight.target} holds NaN or infinity"
-    return None
 
 
 def _reader(node: fx.Node, state: _State) -> None:
@@ -155,10 +128,9 @@ def _reader(node: fx.Node, state: _State) -> None:
         _carrier(node, pattern, state)
 
 
-def _quantized_readers(node: fx.Node, state: _State) -> Key | None:
-    """The key under which every user of `node` reads it, or None."""
-    keys = {state.reads.get(user, {}).get(node) for user in node.users}
-    return keys.pop() if len(keys) == 1 else None
+def _reader_keys(node: fx.Node, state: _State) -> set[Key | None]:
+    """The formats in which the users of `node` read it; None stands for float, and for no reader at all."""
+    return {state.reads.get(user, {}).get(node) for user in node.users} or {None}
 
 
 def _end(node: fx.Node) -> fx.Node:
@@ -171,26 +143,31 @@ def _end(node: fx.Node) -> fx.Node:
 
 
 def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
-    key = _quantized_readers(_end(node), state)
-    if key is None:
+    keys = _reader_keys(_end(node), state)
+    if (why := pattern.check(node)) is not None:
+        state.float_[node] = why
+        return
+    if None in keys:
         state.float_[node] = "not every reader of its result is quantized, so int8 would only add conversions"
         return
     rule = _rule(node, pattern, state)
-    reason = rule if isinstance(rule, str) else pattern.check(node) or _bad_inputs(pattern, node, state)
-    if reason:
+    if isinstance(rule, str):
+        state.float_[node] = rule
+        return
+    index, what = rule
+    inputs = list(pattern.activations(node))
+    reason = state.facts.bad_inputs(pattern, node, what.activation)
+    if what.activation is None:
+        reason = "the rule quantizes weights only"
+    elif reason is None and any(state.facts.kinds[v] != DATA for v in inputs):
+        reason = "one operand is a parameter"
+    absorbed = _absorbed(inputs, state)
+    unasked = state.recipe.supported is not None and state.recipe.rules[index].where.kind == "all"
+    if reason is None and unasked and len(inputs) > 1 and absorbed is None:
+        reason = "no operand comes straight from a quantized layer that could absorb it"
+    if reason is not None or what.activation is None:
         state.float_[node] = str(reason)
         return
-    index, what = rule  # type: ignore[misc]
-    if what.activation is None:
-        state.float_[node] = "the rule quantizes weights only"
-        return
-    inputs = list(pattern.activations(node))
-    # the later layer of the two can keep its sum in the accumulator; which comes later is the graph's order
-    fused = [v for v in inputs if v in state.ops and len(v.users) == 1 and state.ops[v][0].weight is not None]
-    if not fused and state.recipe.supported is not None and state.recipe.rules[index].where.kind == "all":
-        state.float_[node] = "no operand comes straight from a quantized layer that could absorb it"
-        return
-    absorbed = max(fused, key=_position(state)) if fused else None
     state.ops[node] = (pattern, index, what)
     own = (str(what.activation), what.act_algorithm)
     for value in inputs:
@@ -198,17 +175,28 @@ def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
             state.want(node, value, own, what.activation)
 
 
-def _position(state: _State):
-    order = {n: i for i, n in enumerate(state.ops)}
-    return lambda n: order[n]
+def _absorbed(inputs: list[fx.Node], state: _State) -> fx.Node | None:
+    """The operand that stays in the accumulator of its layer: that of the later layer, as it runs last."""
+    layers = [v for v in inputs if v in state.ops and len(v.users) == 1 and state.ops[v][0].weight is not None]
+    layers = [v for v in layers if state.ops[v][2].activation is not None and state.ops[v][0].inputs]
+    return max(layers) if layers and len(inputs) > 1 else None
 
 
 def _carrier(node: fx.Node, pattern: OpPattern, state: _State) -> None:
-    key = _quantized_readers(node, state)
-    if key is None or not is_float(node) or pattern.check(node) or _bad_inputs(pattern, node, state):
+    keys = _reader_keys(node, state)
+    key = keys.pop()
+    if keys or key is None or pattern.check(node):
         return
     spec = state.wants[node][key]
-    if spec.block(1) != (-1,):  # only one scale for the whole tensor survives moving elements around
+    if not isinstance(
+        spec.granularity, PerTensor
+    ):  # only one scale for the whole tensor survives moving elements around
+        return
+    if state.facts.bad_inputs(pattern, node, spec):
+        return
+    found = state.recipe.resolve(node, pattern)
+    if found is not None and found[1].what is None and found[1].where.kind != "all":
+        state.float_[node] = f"kept float by {found[1].origin or found[1].where}"
         return
     for value in pattern.activations(node):
         state.want(node, value, key, spec)
@@ -234,9 +222,9 @@ def _write(gm: fx.GraphModule, state: _State) -> None:
         meta = inc_meta(node)
         meta["op"], meta["rule"] = pattern.name, index
         if pattern.weight is not None and what.weight is not None:
-            spec = _weight_spec(what.weight, pattern, node)
+            spec = weight_spec(what.weight, pattern, node)
             meta["weight"] = {"spec": spec.to_json(), "algorithm": what.weight_algorithm}
-            if what.bias_correction and pattern.name != "embedding" and what.activation is not None:
+            if what.bias_correction and pattern.bias is not None and what.activation is not None:
                 meta["weight"]["correct_bias"] = True
     for node in gm.graph.nodes:
         if node in state.float_ and node not in state.ops:
@@ -244,12 +232,6 @@ def _write(gm: fx.GraphModule, state: _State) -> None:
         elif node.op == "call_function" and node not in state.ops and node not in state.reads:
             if (reason := _why_float(node)) is not None:
                 inc_meta(node)["float"] = reason
-
-
-def _weight_spec(spec: QSpec, pattern: OpPattern, node: fx.Node) -> QSpec:
-    if isinstance(spec.granularity, PerChannel):
-        return replace(spec, granularity=PerChannel(pattern.axis(node)))
-    return spec
 
 
 def _why_float(node: fx.Node) -> str | None:
@@ -267,7 +249,9 @@ def _why_float(node: fx.Node) -> str | None:
 
 def _say_unused(gm: fx.GraphModule, recipe: Recipe) -> None:
     """Warn of every rule that speaks of no operator of the graph."""
-    nodes = [(module_path(n), n.name, type_names(n, p)) for n in gm.graph.nodes if (p := pattern_of(n)) is not None]
+    nodes = [(n, p) for n in gm.graph.nodes if (p := pattern_of(n)) is not None]
     for rule in recipe.rules:
-        if rule.where.kind != "all" and not any(rule.where.matches(p, t) or rule.where.matches(n, t) for p, n, t in nodes):
-            warnings.warn(f"{rule.origin or rule.where} matched no operator of the model", UnusedRuleWarning, stacklevel=2)
+        if rule.where.kind != "all" and not any(rule.where.matches(n, p) for n, p in nodes):
+            warnings.warn(
+                f"{rule.origin or rule.where} matched no operator of the model", UnusedRuleWarning, stacklevel=2
+            )

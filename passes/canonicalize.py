@@ -1,13 +1,19 @@
-"""Remove what means nothing at inference, and write products with constant matrices as linear layers.
+"""Remove what means nothing at inference, and spell operators the way that the other passes and the backends look for.
 
-    dropout(x, p, train=False) = x            clone(x) = alias(x) = x         x.to(same dtype) = x
-    addmm(b, x, W) = linear(x, W^T, b)        mm(x, W) = matmul(x, W) = linear(x, W^T)          (W constant, 2-D)
-    conv(pad(x, 0 around), padding=p) = conv(x, padding=p + pad)                                (same on both sides)
+    dropout(x, p, train=False) = x                 clone(x) = contiguous(x) = x, if x has that layout already
+    to(x, its own dtype) = x                       clamp_min(x, a) = clamp(x, a, None);  the same for clamp_max
+    addmm(b, x, W) = linear(x, W^T, b)             mm(x, W) = matmul(x, W) = linear(x, W^T)         (W constant, 2-D)
+    conv(pad(x, 0 around), padding=p) = conv(x, padding=p + pad)                                    (same on both sides)
+    x * sigmoid(x) = silu(x)                       x * relu6(x + 3) / 6 = x * hardsigmoid(x) = hardswish(x)
+
+W may be read through a transposition, which is then undone and not done twice. A copy that the caller gets to see
+stays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,31 +23,60 @@ from inc_graph.graph import (
     dtype,
     erase_dead,
     get_tensor,
+    inc_meta,
     insert_call,
     insert_get_attr,
+    is_float,
     mutated_attrs,
     replace_uses,
     set_tensor,
     shape,
+    storage_key,
     take_fuel,
     val,
 )
-from inc_graph.oppattern import argument
+from inc_graph.oppattern import argument, pattern_of, set_arguments
 from inc_graph.passmanager import Pass, PassReport, PassResult
+from inc_graph.pattern import Any as Anything
+from inc_graph.pattern import Match, Or, P
 from inc_graph.registry import PASSES
+from inc_graph.rewrite import Rule, apply_rules
 
 aten = torch.ops.aten
 
-_CLONES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
-_CASTS = (aten._to_copy.default, aten.to.dtype)
-_PRODUCTS = {aten.addmm.default: (1, 2, 0), aten.mm.default: (0, 1, None), aten.matmul.default: (0, 1, None)}
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten._to_copy.default)
+_RETURNS = (
+    aten.to.dtype,
+    aten.type_as.default,
+    aten.alias.default,
+    aten.detach.default,
+)  # x itself, if they do nothing
+_PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
+    aten.addmm.default: (1, 2, 0),
+    aten.mm.default: (0, 1, None),
+    aten.matmul.default: (0, 1, None),
+}
 _CONVS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
+_SPELLINGS: dict[Any, tuple[Any, Any]] = {
+    aten.clamp_min.default: (aten.clamp.default, lambda x, a: (x, a, None)),
+    aten.clamp_max.default: (aten.clamp.default, lambda x, a: (x, None, a)),
+    aten.constant_pad_nd.default: (aten.pad.default, lambda x, widths, value=0: (x, widths, "constant", value)),
+}
+
+
+@dataclass
+class _State:
+    gm: fx.GraphModule
+    mutated: set[str]
+    leaving: set[fx.Node]
+    transposed: dict[Any, str] = field(default_factory=dict)  # memory of a matrix -> attribute that holds its transpose
 
 
 @PASSES.register("canonicalize")
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Drop identities, fold symmetric zero padding into convolutions, make constant products linear layers."""
+    """Drop identities, and write operators in one of the ways they can be written."""
 
     name: ClassVar[str] = "canonicalize"
     requires: ClassVar[str] = "float"
@@ -49,85 +84,195 @@ class Canonicalize(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         report = PassReport()
-        mutated = mutated_attrs(gm)
-        transposed: dict[str, str] = {}
+        state = _State(gm, mutated_attrs(gm), _leaving(gm.graph))
         for node in list(gm.graph.nodes):
             if node.op != "call_function":
                 continue
-            if _is_identity(node, mutated) and take_fuel():
-                replace_uses(node, node.args[0])
+            if node.target in _PRODUCTS:
+                why = _product(state, node)
+            elif node.target in _CONVS:
+                why = _fold_pad(node, _CONVS[node.target])
+            elif node.target in _SPELLINGS:
+                why = _spell(state, node)
+            else:
+                why = _identity(state, node)
+            if why is None:
                 report.matched.append(node.name)
-            elif node.target in _PRODUCTS and (why := _product(gm, node, mutated, transposed)) is None:
-                report.matched.append(node.name)
-            elif node.target in _PRODUCTS:
-                report.missed.append((node.name, why or ""))
-            elif node.target in _CONVS and _fold_pad(node, _CONVS[node.target]):
-                report.matched.append(node.name)
+            elif why:
+                report.missed.append((node.name, why))
+        report.matched += apply_rules(gm, _RULES).matched
         if report.matched:
             erase_dead(gm)
         return PassResult(gm, bool(report.matched), report)
 
 
-def _is_identity(node: fx.Node, mutated: set[str]) -> bool:
+# A rewrite below returns None if it was done, "" if it does not concern the node, else why it was not done.
+
+
+# ------------------------------------------------------------------------------------------------------- identities
+def _leaving(graph: fx.Graph) -> set[fx.Node]:
+    """Values whose memory the caller, or a buffer, gets to see, perhaps through views."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for user in node.users:
+            returns = getattr(getattr(user.target, "_schema", None), "returns", None)
+            views = returns is None or any(r.alias_info is not None for r in returns) or user.target in _DROPOUTS
+            if user.op == "output" or user.target is aten.copy_.default or (user in found and views):
+                found.add(node)
+    return found
+
+
+def _identity(state: _State, node: fx.Node) -> str | None:
     source: Any = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or any(u.op == "output" for u in node.users):
-        return False  # an output that aliased an input or a parameter would be a new meaning
-    if source.op == "get_attr" and source.target in mutated:
-        return False  # the copy holds the value from before the write
-    if node.target is aten.dropout.default:
-        return argument(node, 2) is False or argument(node, 1) == 0
-    if node.target in _CLONES:
+    if (dropout := _dropout(node)) is not None:
+        if argument(dropout, 2) is not False and argument(dropout, 1) != 0:
+            return "the dropout is in training mode"
+        source = dropout.args[0]
+    elif node.target not in _COPIES and node.target not in _RETURNS:
+        return ""
+    elif not _same(source, node) or (node.target in _COPIES and node in state.leaving):
+        return ""
+    if source.op == "get_attr" and source.target in state.mutated:
+        return "it holds the value of a buffer from before the model writes to it"
+    if not take_fuel():
+        return ""
+    replace_uses(node, source)
+    for dead in [*dropout.users, dropout] if dropout is not None else ():  # random, so nobody else would remove it
+        if not dead.users:
+            state.gm.graph.erase_node(dead)
+    return None
+
+
+def _dropout(node: fx.Node) -> fx.Node | None:
+    """The dropout that this node is the result of."""
+    if node.target is operator.getitem and node.args[1] == 0:
+        source: Any = node.args[0]
+        return source if source.target is aten.native_dropout.default else None
+    return node if node.target in _DROPOUTS else None
+
+
+def _same(a: Any, b: fx.Node) -> bool:
+    """Whether two nodes hold tensors of one dtype, device and layout in memory."""
+    x, y = val(a) if isinstance(a, fx.Node) else None, val(b)
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return False
+    if (x.dtype, x.device, x.layout) != (y.dtype, y.device, y.layout):
+        return False
+    if x.layout != torch.strided:
         return True
-    if node.target in _CASTS:
-        a, b = val(source), val(node)
-        return (
-            isinstance(a, torch.Tensor)
-            and isinstance(b, torch.Tensor)
-            and (a.dtype, a.device, a.layout) == (b.dtype, b.device, b.layout)
-        )
-    return False
+    return list(map(str, x.stride())) == list(map(str, y.stride()))  # str: comparing symbols would add guards
 
 
-def _product(gm: fx.GraphModule, node: fx.Node, mutated: set[str], transposed: dict[str, str]) -> str | None:
-    """Rewrite a product with a constant matrix as a linear layer; the reason why not, or None."""
+# --------------------------------------------------------------------------------------------------- other spellings
+def _spell(state: _State, node: fx.Node) -> str | None:
+    if not take_fuel():
+        return ""
+    target, arguments = _SPELLINGS[node.target]
+    replace_uses(node, insert_call(state.gm, target, arguments(*node.args), before=node, like=node))
+    return None
+
+
+def _product(state: _State, node: fx.Node) -> str | None:
+    """A product with a constant matrix becomes a linear layer."""
+    gm = state.gm
     x_at, w_at, b_at = _PRODUCTS[node.target]
-    x, w = node.args[x_at], node.args[w_at]
-    if not isinstance(w, fx.Node) or w.op != "get_attr" or not isinstance(x, fx.Node):
+    x, w, turned = node.args[x_at], *_matrix(node.args[w_at])
+    if w is None or not isinstance(x, fx.Node):
         return "both factors are activations"
-    if w.target in mutated:
+    if w.target in state.mutated:
         return "the matrix is a buffer that the model writes to"
-    if len(shape(w) or ()) != 2 or len(shape(x) or ()) < 2 or not (val(w).is_floating_point()):
+    if len(shape(w) or ()) != 2 or len(shape(x) or ()) < 2 or not val(w).is_floating_point():
         return "the constant factor is not a float matrix"
-    bias = None if b_at is None else node.args[b_at]
+    if x.op == "get_attr" or _matrix(x)[0] is not None:
+        return "both factors are constants"
+    bias: Any = None if b_at is None else node.args[b_at]
     if bias is not None:
         if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
             return "addmm with alpha or beta"
-        if not isinstance(bias, fx.Node) or len(shape(bias) or ()) != 1 or dtype(bias) != dtype(w):
+        rows = shape(w)[0 if turned else 1]  # type: ignore[index]
+        if not isinstance(bias, fx.Node) or shape(bias) != (rows,) or dtype(bias) != dtype(w):
             return "the addend is not a bias vector"
     if not take_fuel():
-        return "out of fuel"
-    if w.target not in transposed:
-        transposed[w.target] = set_tensor(gm, f"{w.target}_t", get_tensor(gm, w).detach().t().contiguous())
-    weight = insert_get_attr(gm, node, transposed[w.target])
+        return ""
+    weight = w if turned else insert_get_attr(gm, node, _transpose(state, w))
     new = insert_call(gm, aten.linear.default, (x, weight, bias), before=node, like=node)
+    if (pattern := pattern_of(node)) is not None:
+        inc_meta(new)["was"] = pattern.name  # rules that name this type still apply
     replace_uses(node, new)
     return None
 
 
-def _fold_pad(node: fx.Node, dims: int) -> bool:
-    pad = node.args[0]
-    if not isinstance(pad, fx.Node) or pad.target is not aten.pad.default:
-        return False
-    widths = list(pad.args[1])  # type: ignore[arg-type]
+def _matrix(node: Any) -> tuple[fx.Node | None, bool]:
+    """(constant, whether it is read transposed); (None, False) if `node` is no constant matrix."""
+    if not isinstance(node, fx.Node):
+        return None, False
+    if node.op == "get_attr":
+        return node, False
+    source: Any = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source.op != "get_attr" or len(shape(source) or ()) != 2:
+        return None, False
+    return (source, True) if _swaps(node) else (None, False)
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether a view of a matrix is its transpose."""
+    dims: Any = node.args[1] if node.target is aten.permute.default else node.args[1:3]
+    if node.target is aten.transpose.int:
+        return sorted(d % 2 for d in dims) == [0, 1]
+    return node.target is aten.t.default or (node.target is aten.permute.default and [d % 2 for d in dims] == [1, 0])
+
+
+def _transpose(state: _State, w: fx.Node) -> str:
+    tensor = get_tensor(state.gm, w).detach()
+    key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+    if key not in state.transposed:
+        state.transposed[key] = set_tensor(state.gm, f"{w.target}_t", tensor.t().contiguous())
+    return state.transposed[key]
+
+
+def _fold_pad(node: fx.Node, dims: int) -> str | None:
+    pad: Any = node.args[0]
+    if pad.target is not aten.pad.default:
+        return ""
     if argument(pad, 2) != "constant" or argument(pad, 3) not in (None, 0, 0.0):
-        return False
-    widths += [0] * (2 * dims - len(widths))
+        return "the padding before it is not with zeros"
+    widths = list(pad.args[1]) + [0] * (2 * dims - len(pad.args[1]))
     pairs = [(widths[2 * i], widths[2 * i + 1]) for i in range(dims)][::-1]  # pad counts from the last dimension
-    if len(widths) != 2 * dims or any(not isinstance(a, int) or a != b or a < 0 for a, b in pairs) or not take_fuel():
-        return False
-    args = list(node.args) + [argument(node, i) for i in range(len(node.args), 7)]
-    old = args[4] if isinstance(args[4], list | tuple) else [args[4]] * dims
-    old = list(old) * dims if len(old) == 1 else list(old)
-    args[0], args[4] = pad.args[0], [p + a for p, (a, _) in zip(old, pairs, strict=True)]
-    node.args, node.kwargs = tuple(args), {}
-    return True
+    if any(widths[2 * dims :]) or any(not isinstance(a, int) or a != b or a < 0 for a, b in pairs):
+        return "the padding before it differs from side to side"
+    if not take_fuel():
+        return ""
+    own: Any = argument(node, 4)
+    own = list(own) if isinstance(own, list | tuple) else [own]
+    own = own * dims if len(own) == 1 else own
+    set_arguments(node, {0: pad.args[0], 4: [p + a for p, (a, _) in zip(own, pairs, strict=True)]})
+    return None
+
+
+# --------------------------------------------------------------------------------- activation functions written out
+_X = Anything("x")
+_PLUS3 = P(aten.add.Tensor, _X, 3, alpha=1)
+_RELU6 = Or(P(aten.relu6.default, _PLUS3), P((aten.hardtanh.default, aten.clamp.default), _PLUS3, 0, 6))
+_GATE = Or(P(aten.hardsigmoid.default, _X), P(aten.div.Tensor, _RELU6, 6))
+
+
+def _times(*gate: Any) -> P:
+    return P(aten.mul.Tensor, _X, *gate, commutative=True)
+
+
+def _rule(name: str, pattern: P, target: Any) -> Rule:
+    def check(m: Match) -> str | None:
+        good = isinstance(m["x"], fx.Node) and is_float(m["x"]) and dtype(m["x"]) == dtype(m.root)
+        return None if good else "its input is not floating point"
+
+    def rewrite(gm: fx.GraphModule, m: Match) -> None:
+        replace_uses(m.root, insert_call(gm, target, (m["x"],), before=m.root, like=m.root))
+
+    return Rule(name, pattern, rewrite, check)
+
+
+_RULES = (
+    _rule("silu", _times(P(aten.sigmoid.default, _X)), aten.silu.default),
+    _rule("hardswish", _times(_GATE), aten.hardswish.default),
+    _rule("hardswish of a quotient", P(aten.div.Tensor, _times(_RELU6), 6), aten.hardswish.default),
+)

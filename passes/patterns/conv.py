@@ -1,7 +1,7 @@
 """Convolutions of one to three dimensions and their transposes.
 
-Weights: [out, in / groups, *kernel]; transposed [in, out / groups, *kernel]. A transposed convolution with groups has no
-single axis that indexes output channels, so its weight is quantized per input channel group only when groups == 1.
+Weights: [out, in / groups, *kernel]; transposed [in, out / groups, *kernel]. A transposed convolution with groups has
+no single axis that indexes output channels, so it is quantized only if groups == 1.
 """
 
 import torch
@@ -41,6 +41,7 @@ for dims in (1, 2, 3):
             f"conv{dims}d",
             (conv.default, conv.padding),
             weight=1,
+            bias=2,
             modules=(getattr(nn, f"Conv{dims}d"), getattr(nn.functional, f"conv{dims}d")),
             check=_batched(dims + 2),
         )
@@ -51,6 +52,7 @@ for dims in (1, 2, 3):
             f"conv_transpose{dims}d",
             (transposed.default if dims == 1 else transposed.input,),
             weight=1,
+            bias=2,
             channel_axis=1,
             modules=(getattr(nn, f"ConvTranspose{dims}d"), getattr(nn.functional, f"conv_transpose{dims}d")),
             check=_transposed(dims + 2),

@@ -14,13 +14,13 @@ def _two_tensors(node: fx.Node) -> str | None:
     for position in (0, 1):
         other = argument(node, position)
         value = other.meta.get("val") if isinstance(other, fx.Node) else None
-        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or value.ndim == 0:
             return "one operand is a number or an integer tensor"
-    return None
+    return None if argument(node, 0) is not argument(node, 1) else "both operands are the same value"
 
 
 def _add(node: fx.Node) -> str | None:
-    if node.kwargs.get("alpha", 1) != 1:
+    if argument(node, 2) != 1:
         return "alpha is not 1"
     return _two_tensors(node)
 

@@ -9,6 +9,6 @@ aten = torch.ops.aten
 
 register_pattern(
     OpPattern(
-        "linear", (aten.linear.default,), weight=1, modules=(nn.Linear, nn.functional.linear, nn.LazyLinear)
+        "linear", (aten.linear.default,), weight=1, bias=2, modules=(nn.Linear, nn.functional.linear, nn.LazyLinear)
     )
 )

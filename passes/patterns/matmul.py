@@ -1,4 +1,6 @@
-"""Products of two activations."""
+"""Products of two activations. (A product with a constant matrix is a linear layer: see the pass `canonicalize`.)"""
+
+import operator
 
 import torch
 
@@ -11,9 +13,10 @@ register_pattern(
         "matmul",
         (aten.matmul.default, aten.mm.default, aten.bmm.default),
         inputs=(0, 1),
-        modules=(torch.matmul, torch.mm, torch.bmm),
+        modules=(torch.matmul, torch.mm, torch.bmm, operator.matmul),
     )
 )
+register_pattern(OpPattern("addmm", (aten.addmm.default,), inputs=(1, 2), modules=(torch.addmm,)))
 register_pattern(OpPattern("baddbmm", (aten.baddbmm.default,), inputs=(1, 2), modules=(torch.baddbmm,)))
 register_pattern(
     OpPattern(

@@ -18,6 +18,7 @@ for name, targets, module in (
             targets,
             role="opaque",
             modules=(module,),
-            reason="a recurrent state is fed back through every step; static ranges do not fit it and no backend has a kernel",
+            reason="a recurrent state is fed back through every step; static ranges do not fit it and no backend has a "
+            "kernel",
         )
     )

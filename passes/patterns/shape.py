@@ -43,16 +43,27 @@ _SELECT = (
     aten.flip.default,
     aten.roll.default,
     aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.tile.default,
+    aten.index.Tensor,
+    aten.gather.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,
 )
 
-register_pattern(OpPattern("reshape", _RESHAPE, role="carrier", modules=(torch.reshape, torch.flatten, torch.nn.Flatten)))
+register_pattern(
+    OpPattern("reshape", _RESHAPE, role="carrier", modules=(torch.reshape, torch.flatten, torch.nn.Flatten))
+)
 register_pattern(OpPattern("select", _SELECT, role="carrier", modules=(torch.nn.PixelShuffle,)))
 register_pattern(OpPattern("pad", (aten.pad.default,), role="carrier", modules=(torch.nn.functional.pad,), check=_pad))
 register_pattern(
-    OpPattern("cat", (aten.cat.default, aten.stack.default), role="carrier", modules=(torch.cat, torch.stack))
+    OpPattern(
+        "cat",
+        (aten.cat.default, aten.stack.default, aten.hstack.default, aten.vstack.default, aten.dstack.default),
+        role="carrier",
+        modules=(torch.cat, torch.stack, torch.hstack, torch.vstack, torch.dstack),
+    )
 )
 register_pattern(
     OpPattern(

@@ -1,0 +1,117 @@
+"""The cost of prepare and convert grows with the size of the graph, and no faster.
+
+The graph is made of small blocks (linear, relu, linear, residual sum, layer norm) over a few shared weights, so that it
+is all graph and no arithmetic. Ten times the nodes may take twelve times as long: the rest is the memory of a larger
+graph. Time is that of this process, as other processes on the machine are no concern of ours.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import gc
+import pstats
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from inc_graph.graph import set_level
+from inc_graph.quantization import StaticQuantConfig, convert, prepare
+from inc_graph.registry import BACKENDS
+
+aten = torch.ops.aten
+WIDTH, WEIGHTS = 4, 8
+
+
+def synthetic(nodes: int) -> fx.GraphModule:
+    """A float graph of about so many nodes, written down without an exporter."""
+    gm, mode = fx.GraphModule(nn.Module(), fx.Graph()), FakeTensorMode()
+    gm.meta = {"inc": {}}
+    generator = torch.Generator().manual_seed(0)
+    reads = []
+    for i in range(WEIGHTS):
+        pair = torch.randn(WIDTH, WIDTH, generator=generator) / 2, torch.randn(WIDTH, generator=generator)
+        for name, tensor in zip((f"w{i}", f"b{i}"), pair, strict=True):
+            gm.register_parameter(name, nn.Parameter(tensor))
+    x = gm.graph.placeholder("x")
+    x.meta["val"] = value = mode.from_tensor(torch.zeros(2, WIDTH))
+    for name, tensor in gm.named_parameters():
+        reads.append(gm.graph.get_attr(name))
+        reads[-1].meta["val"] = mode.from_tensor(tensor.detach())
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = gm.graph.call_function(target, args)
+        node.meta["val"] = value
+        return node
+
+    for i in range(nodes // 5):
+        layer = reads[2 * (i % WEIGHTS) : 2 * (i % WEIGHTS) + 2]
+        y = call(aten.relu.default, call(aten.linear.default, x, *layer))
+        y = call(aten.add.Tensor, call(aten.linear.default, y, *layer), x)
+        x = call(aten.layer_norm.default, y, [WIDTH])
+    gm.graph.output((x,))
+    gm.recompile()
+    set_level(gm, "float")
+    return gm
+
+
+def quantized(nodes: int, backend: str, measure: Callable[[Callable[[], Any]], Any]) -> Any:
+    """Prepare, calibrate on one row, convert; `measure` calls both ends. Gives the converted model."""
+    gm = synthetic(nodes)
+    prepared = measure(lambda: prepare(gm, StaticQuantConfig(), backend=backend))
+    with torch.no_grad():
+        prepared(torch.ones(2, WIDTH))
+    q = measure(lambda: convert(prepared))
+    assert len(q.report.kernels) + len(q.report.reference) >= 2 * (nodes // 5)
+    return q
+
+
+def seconds(nodes: int, backend: str) -> float:
+    total = 0.0
+
+    def measure(f: Callable[[], Any]) -> Any:
+        nonlocal total
+        gc.collect()
+        start = time.process_time()
+        result = f()
+        total += time.process_time() - start
+        return result
+
+    quantized(nodes, backend, measure)
+    return total
+
+
+def function_calls(nodes: int, backend: str) -> int:
+    profile = cProfile.Profile()
+    quantized(nodes, backend, profile.runcall)
+    return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INC_VERIFY", raising=False)
+
+
+@pytest.fixture(params=["eager", "inductor"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if (reason := BACKENDS.get(request.param).available()) is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def test_work_is_linear(backend: str) -> None:
+    """Function calls do not depend on the machine: eight times the nodes make no more than eight times the calls."""
+    function_calls(100, backend)  # imports, caches
+    small, large = function_calls(250, backend), function_calls(2000, backend)
+    assert large <= 8.2 * small
+
+
+@pytest.mark.slow
+def test_time_is_linear(backend: str) -> None:
+    seconds(500, backend)
+    small = min(seconds(5_000, backend) for _ in range(2))
+    assert seconds(50_000, backend) <= 12 * small
