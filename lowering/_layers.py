@@ -105,8 +105,8 @@ def _formed(c: OneDnnContext, node: fx.Node, plan: _Plan, form: Form) -> tuple[_
     x, before = plan.x, plan.restore
     if form.pad:
         x = insert_call(c.gm, aten.constant_pad_nd.default, (x, form.pad, plan.p.zero_point), before=node)
-    weight = replace(plan.weight, codes=form.codes)
-    return replace(plan, x=x, weight=weight, restore=lambda w: before(form.restore(w))), form.geometry
+    weight, inner = replace(plan.weight, codes=form.codes), form.restore
+    return replace(plan, x=x, weight=weight, restore=lambda w: before(inner(w))), form.geometry
 
 
 def _absorb_pad(x: fx.Node, p: QParams, sides: Sides, dilation: tuple[int, ...]) -> tuple[fx.Node, Sides]:
@@ -170,7 +170,8 @@ def _emit(c: OneDnnContext, node: fx.Node, plan: _Plan, geometry: Geometry | Non
     if (dtype := val(result).dtype) != call.meta["val"].dtype:
         call = insert_call(gm, aten._to_copy.default, (call,), {"dtype": dtype}, after=call)
     replace_uses(result, call)
-    c.packed[plan.weight.attr] = lambda: plan.restore(layer.codes()).contiguous()
+    restore = plan.restore  # not the plan: its codes must not live on beside the packed ones
+    c.packed[plan.weight.attr] = lambda: restore(layer.codes()).contiguous()
     if tail.other is not None:
         c.absorbed[place.name] = node.name
 

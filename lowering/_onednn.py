@@ -11,6 +11,7 @@ convolution of one dimension runs as one of two, [N, C, 1, L], for which the ker
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,10 @@ class Geometry:
         """Output space of an input of space `size`."""
         dims = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in dims]
+
+
+class NotPickled(LoweringError, pickle.PicklingError):
+    """A packed layer was to be pickled. torch.compile tries, for its cache, and goes on without."""
 
 
 PLAIN, FLOAT = Activation(), Output()
@@ -197,8 +202,17 @@ class Int8Layer(OpaqueBase):
         tensors = (self.w_scale, self.w_zero, self.bias)
         return torch.ops.mkldnn._nbytes(self.packed) + sum(t.nbytes for t in tensors if t is not None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Layer:
+    def __copy__(self) -> Int8Layer:
         return self  # immutable
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Layer:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotPickled(
+            "a layer that is packed for this machine's oneDNN cannot be pickled",
+            hint="keep the Q-DQ graph (`q_model.graph`) and lower it where it will run",
+        )
 
     def __repr__(self) -> str:
         kind = "linear" if self.geometry is None else f"conv{len(self.geometry.stride)}d"

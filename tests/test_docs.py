@@ -25,7 +25,7 @@ from inc_graph.utils import choose_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITHOUT_CODE = {"architecture.md", "measurements.md"}
+WITHOUT_CODE = {"architecture.md", "measurements.md", "plan.md"}
 REGISTRIES = (registry.PASSES, registry.PATTERNS, registry.ALGORITHMS, registry.BACKENDS, registry.QTYPES)
 
 _BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<text>.*?)^```$)?", re.MULTILINE | re.DOTALL)
