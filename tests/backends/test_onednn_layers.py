@@ -233,6 +233,39 @@ def test_padding_that_differs_from_side_to_side_is_a_larger_kernel(data: st.Data
         assert "aten.pad.default" not in calls(lowered)
 
 
+# Each of these wrote wrong values or beyond its memory when it was handed to oneDNN as it is (torch 2.13, AVX512-VNNI).
+TROUBLE: dict[str, tuple[tuple[int, ...], tuple[int, ...], Conv]] = {
+    "padding as wide as the kernel": ((2, 6, 5, 1), (12, 1, 2, 1), Conv(2, (1, 3), (2, 1), (1, 2), 6)),
+    "a dilated window around the input": ((3, 5, 5, 1), (5, 5, 2, 2), Conv(2, (3, 3), (2, 1), (1, 2))),
+    "no window sees the input": ((1, 15, 3, 1), (3, 5, 1, 1), Conv(2, (3, 2), (1, 1), (2, 2), 3)),
+    "two outputs a channel": ((3, 8, 8, 6), (16, 1, 1, 5), Conv(2, (1, 3), (0, 0), (1, 1), 8)),
+    "three outputs a channel, 1-d": ((1, 3, 6), (6, 1, 3), Conv(1, (2,), (0,), (1,), 3)),
+    "eight outputs a channel": ((2, 16, 1, 3), (128, 1, 2, 1), Conv(2, (2, 1), (2, 1), (1, 1), 16)),
+    "depthwise, 3-d": ((1, 2, 5, 2, 3), (2, 1, 2, 1, 5), Conv(3, (1, 3, 2), (0, 0, 2), (1, 3, 1), 2)),
+    "depthwise, 3-d, 16 groups": ((2, 16, 2, 12, 12), (16, 1, 3, 5, 3), Conv(3, (2, 4, 2), (1, 0, 0), (1, 1, 2), 16)),
+    "one channel, stride [1, 4]": ((3, 1, 14, 4), (3, 1, 2, 7), Conv(2, (1, 4), (0, 3), (1, 1))),
+    "one channel, 3-d": ((2, 1, 1, 3, 10), (8, 1, 5, 2, 7), Conv(3, (2, 4, 4), (2, 2, 0), (1, 2, 1))),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_forms_that_the_kernels_get_wrong_are_given_to_them_as_equal_forms(name: str) -> None:
+    shape, weight, make = TROUBLE[name]
+    for out in ("uint8", None):
+        Case(P.values(*shape), random_weight(*weight), make, out=out).check("int8 convolution")
+
+
+def test_too_many_groups_to_merge_are_reported() -> None:
+    b = Builder()
+    x = P.values(1, 17, 4, 4, 4)
+    make = Conv(3, groups=17)
+    gm = b.done(make(b, b.act(b.input(x), P), b.weight(random_weight(17, 1, 1, 1, 1)), None))
+    lowered = lower(gm)
+    ((_, reason),) = lowered.report.missed.values()
+    assert reason.startswith("a depthwise convolution of a kind that oneDNN's kernels get wrong")
+    assert torch.equal(*run_both(gm, lowered, x)[0])
+
+
 def test_a_kernel_that_would_grow_too_much_keeps_its_pad() -> None:
     p = Params(0.02, 7)
     case = Case(
