@@ -81,9 +81,10 @@ def capture(
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected an nn.Module, got {type(model).__name__}")
     args = tuple(args) if isinstance(args, list | tuple) else (args,)
+    args, kwargs = _distinct(model, (args, dict(kwargs or {})))
     with _captured_as(model, training):
         try:
-            program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             inline_regions(program)
             program = program.run_decompositions({})
             with_guards = "check_guards" in inspect.signature(program.module).parameters
@@ -91,6 +92,19 @@ def capture(
         except Exception as error:
             raise _explain(model, error) from error
     return _normalize(exported, program, training)
+
+
+def _distinct(model: nn.Module, inputs: Any) -> Any:
+    """Inputs of which none is another one, or a tensor of the model: the exporter would take the two for one value."""
+    seen = {id(t) for t in (*model.parameters(), *model.buffers())}
+
+    def own(x: Any) -> Any:
+        if isinstance(x, torch.Tensor) and id(x) in seen:
+            return x.detach().clone().requires_grad_(x.requires_grad)
+        seen.add(id(x))
+        return x
+
+    return pytree.tree_map(own, inputs)
 
 
 @contextlib.contextmanager
@@ -131,7 +145,8 @@ def _normalize(exported: fx.GraphModule, program: Any, training: bool) -> fx.Gra
     erase_dead(gm)
     own_mutated(gm)
     gm.meta["inc"]["inputs"] = _describe_inputs(gm, program.range_constraints)
-    gm.register_forward_pre_hook(check_inputs, with_kwargs=True)
+    _watch_inputs(gm)
+    gm._register_deepcopy_hook(_watch_inputs)  # fx copies its own hooks only
     return gm
 
 
@@ -282,6 +297,10 @@ def _check_leaves(inputs: dict[str, Any], flat: list[Any]) -> None:
                 f"input {leaf['name']!r} has shape {have}, the model was captured for {want}",
                 hint="capture it again with example inputs of this shape, or with dynamic_shapes for what changes",
             )
+
+
+def _watch_inputs(gm: fx.GraphModule) -> None:
+    gm.register_forward_pre_hook(check_inputs, with_kwargs=True)
 
 
 def check_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ _ANY = (
     aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.select.int, aten.narrow.default,
     aten.index_select.default, aten.flip.default, aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default, aten.channel_shuffle.default, aten.pad.default, aten.cat.default, aten.stack.default,
+    aten.hstack.default, aten.vstack.default, aten.dstack.default, aten.tile.default, aten.repeat_interleave.self_int,
+    aten.index.Tensor, aten.gather.default,
 )  # fmt: skip
 _POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 _UNSIGNED = (aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)

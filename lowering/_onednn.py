@@ -21,8 +21,8 @@ from torch import Tensor
 
 from inc_graph.errors import LoweringError
 
-__all__ = ["HAS_OPAQUE", "Activation", "Geometry", "Int8Layer", "Other", "Output", "int8_layer", "int8_layer_add",
-           "int8_layer_sum"]  # fmt: skip
+__all__ = ["HAS_OPAQUE", "Activation", "Geometry", "Int8Layer", "NotPickled", "Other", "Output",
+           "define", "int8_layer", "int8_layer_add", "int8_layer_sum", "real"]  # fmt: skip
 
 onednn = torch.ops.onednn
 
@@ -222,41 +222,42 @@ class Int8Layer(OpaqueBase):
 
 
 # ------------------------------------------------------------------------------------------ targets of graph calls
-_lib = torch.library.Library("inc_onednn", "FRAGMENT")
+LIBRARY = torch.library.Library("inc_onednn", "FRAGMENT")
 
 
-def _real(layer: Any) -> Any:
+def real(layer: Any) -> Any:
     """The object behind what a tracer hands in."""
     return getattr(layer, "real_obj", layer)
 
 
 def _layer_sum_(x: Tensor, other: Tensor, layer: Any) -> None:
-    out = _real(layer).run(x, other)
+    out = real(layer).run(x, other)
     if out.data_ptr() != other.data_ptr():
         other.copy_(out)
 
 
-def _define(schema: str, run: Any, fake: Any) -> None:
+def define(schema: str, run: Any, fake: Any) -> None:
+    """Add an operator to this library: its schema, what it does, and what it does to shapes."""
     name = schema.partition("(")[0]
-    _lib.define(schema)
-    _lib.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"inc_onednn::{name}", fake, lib=_lib)
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"inc_onednn::{name}", fake, lib=LIBRARY)
 
 
 if HAS_OPAQUE:
     register_opaque_type(Int8Layer, typ="reference")
     _type = get_opaque_type_name(Int8Layer)
-    _define(
+    define(
         f"layer(Tensor x, {_type} layer) -> Tensor",
-        lambda x, layer: _real(layer).run(x),
-        lambda x, layer: _real(layer).empty_out(x),
+        lambda x, layer: real(layer).run(x),
+        lambda x, layer: real(layer).empty_out(x),
     )
-    _define(
+    define(
         f"layer_add(Tensor x, Tensor other, {_type} layer) -> Tensor",
-        lambda x, other, layer: _real(layer).run(x, other),
-        lambda x, other, layer: _real(layer).empty_out(x),
+        lambda x, other, layer: real(layer).run(x, other),
+        lambda x, other, layer: real(layer).empty_out(x),
     )
-    _define(f"layer_sum_(Tensor x, Tensor(a!) other, {_type} layer) -> ()", _layer_sum_, lambda x, other, layer: None)
+    define(f"layer_sum_(Tensor x, Tensor(a!) other, {_type} layer) -> ()", _layer_sum_, lambda x, other, layer: None)
 else:
     Int8Layer.run = torch.compiler.disable(Int8Layer.run)  # type: ignore[method-assign]
 

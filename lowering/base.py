@@ -129,6 +129,10 @@ class Backend(ABC):
     def finish(self, context: Any) -> None:  # noqa: B027 - optional
         """Last changes to the graph, after the claims."""
 
+    def for_compile(self, lowered: fx.GraphModule) -> nn.Module:
+        """What torch.compile is to trace in place of a lowered graph: a copy that shares its tensors, or itself."""
+        return lowered
+
     def supported(self) -> tuple[str, ...] | None:
         """Operator types with kernels, None for all."""
         return None if self.capabilities is None else tuple(sorted(self.capabilities))

@@ -13,7 +13,7 @@ import platform
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from inc_graph.graph import insert_call, is_float, replace_uses, val
 from inc_graph.lowering._codes import dequantize_codes, lookup_rows, quantize_codes
@@ -22,6 +22,7 @@ from inc_graph.lowering._fusion import CONV, LINEAR, TRANSPOSED
 from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer, rewrite_signed
 from inc_graph.lowering._layouts import settle_layouts
 from inc_graph.lowering._moves import MOVES, check_move, rewrite_move
+from inc_graph.lowering._regions import for_compile
 from inc_graph.lowering.base import Backend, Claim
 from inc_graph.oppattern import argument
 from inc_graph.ops import DEQUANTIZE, QUANTIZE, is_dequantize
@@ -111,6 +112,9 @@ class Inductor(Backend):
 
     def finish(self, context: OneDnnContext) -> None:
         settle_layouts(context)
+
+    def for_compile(self, lowered: fx.GraphModule) -> nn.Module:
+        return for_compile(lowered)
 
 
 BACKENDS.add("inductor", Inductor())

@@ -361,7 +361,7 @@ def kinds(q: Any) -> dict[str, str]:
         (torch.matmul, StaticQuantConfig(), {"fc1": "kernels", "matmul": "reference", "matmul_1": "reference"}),
         ("matmul_1", StaticQuantConfig(), {"fc1": "kernels", "matmul": "floats", "matmul_1": "reference"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_set_local_is_obeyed(model: nn.Module, data: list[Tensor], where: Any, what: Any, expected: Any) -> None:
     config = StaticQuantConfig().set_local(where, what)

@@ -81,7 +81,7 @@ def refused(model: nn.Module, kind: type[IncError], match: str, call: Callable[[
         ({"weight": torch.ones(2)}, "expected a torch.nn.Module, got dict"),
         (nn.Linear, r"got the class Linear\n  hint: make one: Linear\(...\)"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_not_a_module(model: Any, match: str) -> None:
     for call in (lambda: prepare(model, CONFIG), lambda: export(model, x()), lambda: quantize(model, CONFIG, print)):

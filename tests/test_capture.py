@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from inc_graph.capture import capture
 from inc_graph.errors import CaptureError
-from inc_graph.graph import get_level, is_float, module_path, mutated_attrs, val
+from inc_graph.graph import clone, get_level, is_float, module_path, mutated_attrs, val
 from inc_graph.verify import verify
 from tests.graph_generator import KINDS, RandomModel
 
@@ -373,3 +373,28 @@ def test_the_result_can_be_compiled_copied_and_exported_again() -> None:
     verify(again)
     torch.testing.assert_close(again(*args, **kwargs), want)
     assert any(n.meta.get("custom", {}).get("inc") == {"note": [1, "a"]} for n in again.graph.nodes)
+
+
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return x - 2 * y + 3 * z + self.weight
+
+
+def test_example_inputs_that_are_one_tensor_stay_two_inputs() -> None:
+    """torch.export takes one tensor given twice for one input, and the model's own tensor for the model's."""
+    model, x = Difference(), torch.randn(3)
+    for z in (x, model.weight, nn.Parameter(torch.ones(3))):
+        gm = capture(model, (x, x), {"z": z})
+        same(gm, model, torch.randn(3), torch.randn(3), z=torch.randn(3))
+
+
+def test_a_copy_checks_its_inputs_too() -> None:
+    gm = capture(nn.Linear(3, 2), (torch.randn(2, 3),))
+    for twin in (copy.deepcopy(gm), copy.deepcopy(copy.deepcopy(gm)), clone(gm), copy.deepcopy(clone(gm))):
+        assert len(twin._forward_pre_hooks) == 1
+        with pytest.raises(CaptureError, match="was captured for"):
+            twin(torch.randn(4, 3))

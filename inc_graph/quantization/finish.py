@@ -88,7 +88,7 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
         else:
             _, reason = lowered.report.missed.get(line.name, ("", default))
             report.reference.append(replace(line, detail=reason))
-    model = QuantizedModel(result.graph, lowered.graph, report, lowered.packed)
+    model = QuantizedModel(result.graph, lowered.graph, report, lowered.packed, target.for_compile(lowered.graph))
     report.bytes_before = facts.get("bytes_before", 0)
     report.bytes_after = attribute_bytes(model)
     return model

@@ -34,6 +34,7 @@ class QuantizedModel(nn.Module):
         lowered: fx.GraphModule,
         report: Report,
         packed: dict[str, Callable[[], torch.Tensor]],
+        for_compile: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.report = report
@@ -44,11 +45,14 @@ class QuantizedModel(nn.Module):
             skeleton.register_buffer(name, torch.empty(0, dtype=torch.int8))  # stands for what the backend has packed
         self._qdq = [skeleton]  # not a submodule: its tensors are those of the lowered graph, or packed in it
         self.lowered = lowered
+        self._for_compile = [for_compile or lowered]  # the same tensors once more: not a submodule either
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, computed by the backend."""
-        return self.lowered(*args, **kwargs)
+        traced = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        graph = self._for_compile[0] if traced else self.lowered
+        return graph(*args, **kwargs)
 
     @property
     def graph(self) -> fx.GraphModule:

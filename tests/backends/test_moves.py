@@ -38,6 +38,8 @@ MOVED: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = [
     (aten.flip.default, (2, 8, 6), ([0, 2],)),
     (aten.roll.default, (2, 8, 6), ([3], [1])),
     (aten.repeat.default, (2, 6), ([1, 3, 2],)),
+    (aten.tile.default, (2, 6), ([2, 1, 3],)),
+    (aten.repeat_interleave.self_int, (2, 8, 6), (3, 1)),
     (aten.pixel_shuffle.default, (2, 8, 3, 3), (2,)),
     (aten.pixel_unshuffle.default, (2, 2, 4, 6), (2,)),
     (aten.channel_shuffle.default, (2, 8, 3, 3), (4,)),
@@ -59,6 +61,15 @@ UNSIGNED: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = [
     (aten.upsample_nearest2d.vec, (2, 8, 5, 4), ([7, 9], None)),
     (aten.upsample_nearest3d.vec, (2, 4, 3, 2, 4), (None, [2.0, 1.0, 2.0])),
 ]
+JOINS: dict[Any, tuple[int, ...]] = {
+    aten.cat.default: (1,), aten.stack.default: (1,), aten.hstack.default: (), aten.vstack.default: (),
+    aten.dstack.default: (),
+}  # fmt: skip
+INDEXED: dict[Any, Any] = {
+    aten.index_select.default: lambda x, i: (x, 1, i),
+    aten.index.Tensor: lambda x, i: (x, [None, i]),
+    aten.gather.default: lambda x, i: (x, 0, i),
+}
 FORMATS = [Params(0.05, 100), Params(0.05, -7, "int8"), Params(0.05, 60, "uint7"), Params(0.05, 11, "int7")]
 
 
@@ -104,7 +115,7 @@ def test_max_pool_on_large_channels_last_maps(
 
 
 def test_all_moves_are_tested() -> None:
-    tested = {c[0] for c in MOVED + UNSIGNED} | {aten.cat.default, aten.stack.default, aten.index_select.default}
+    tested = {c[0] for c in MOVED + UNSIGNED} | {*JOINS, *INDEXED}
     assert tested == set(MOVES)
 
 
@@ -122,23 +133,25 @@ def test_moves_take_channels_last_codes(channels_last: bool) -> None:
         assert torch.equal(expected, got), op
 
 
-@pytest.mark.parametrize("op", [aten.cat.default, aten.stack.default])
+@pytest.mark.parametrize("op", JOINS, ids=str)
 def test_several_inputs_with_one_scale_are_joined_as_codes(op: Any) -> None:
     b, p = Builder(), Params(0.05, 100)
     x, y = p.values(2, 3, 4), p.values(2, 3, 4, seed=1)
     second = b.act(b.input(y), p)
     first = b.act(b.input(x), p)
-    gm = b.done(b.act(b.call(op, [first, second, first], 1), p))
+    gm = b.done(b.act(b.call(op, [first, second, first], *JOINS[op]), p))
     lowered = lower(gm)
     assert torch.equal(*run_both(gm, lowered, x, y)[0])
     assert calls(lowered) == ["quantize_codes", "quantize_codes", str(op), "dequantize_codes"]
 
 
-def test_index_select() -> None:
+@pytest.mark.parametrize("op", INDEXED, ids=str)
+def test_entries_picked_by_an_index(op: Any) -> None:
     b, p = Builder(), Params(0.05, 100)
-    x, index = p.values(2, 6, 4), torch.tensor([4, 0, 0])
+    x = p.values(2, 6, 4)
+    index = torch.tensor([[[1, 0, 1, 0]] * 3]) if op is aten.gather.default else torch.tensor([4, 0, 0])
     i = b.input(index)
-    gm = b.done(b.act(b.call(aten.index_select.default, b.act(b.input(x), p), 1, i), p))
+    gm = b.done(b.act(b.call(op, *INDEXED[op](b.act(b.input(x), p), i)), p))
     lowered = lower(gm)
     assert torch.equal(*run_both(gm, lowered, x, index)[0]) and lowered.report.claimed["move"] == 1
 
