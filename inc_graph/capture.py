@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,6 +114,8 @@ def _captured_as(model: nn.Module, training: bool) -> Iterator[None]:
     flags = [(m, m.training) for m in model.modules()]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(training))
+        stack.enter_context(warnings.catch_warnings())  # torch warns of torch when it copies a pytree
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
         for device in ("cpu", "cuda"):  # a region the caller stands in is not a part of the model
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

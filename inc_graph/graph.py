@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from inc_graph.clone import adopt, clone, copy_graph
@@ -278,7 +279,7 @@ def fake_call(gm: fx.GraphModule, target: Callable[..., Any], args: Any, kwargs:
         return node.meta["val"]
 
     args, kwargs = fx.map_arg((args, kwargs), value_of)
-    with _fake_mode(gm, values), torch.no_grad():
+    with enable_python_dispatcher(), _fake_mode(gm, values), torch.no_grad():  # torch 2.8: views of symbolic sizes
         return target(*args, **kwargs)
 
 

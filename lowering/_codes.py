@@ -6,6 +6,7 @@ Called directly they are one or two passes over the data.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -13,9 +14,6 @@ import torch
 from torch import Tensor
 
 __all__ = ["codes_to_unsigned", "dequantize_codes", "lookup_rows", "max_pool", "quantize_codes", "spread"]
-
-# torch warns of a later release than the range this package supports
-warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel", category=UserWarning)
 
 
 def quantize_codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
@@ -25,17 +23,29 @@ def quantize_codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype)
     `x / scale` (and then adds), so with an odd zero point a value half-way between two codes may get the other one. NaN
     has no code: it saturates, at either end.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    plain = type(x) in (Tensor, torch.nn.Parameter)  # not fake: before torch 2.9 the kernel below has no fake form
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not plain:
         info = torch.iinfo(dtype)
         codes = torch.round(x.float() * (1.0 / scale)) + zero_point
         return torch.clamp(codes, info.min, info.max).to(dtype)
     x = x.float()
+    if _wraps():
+        x = x.clamp(-(2.0**20) * scale, 2.0**20 * scale)
     qdtype = torch.quint8 if dtype == torch.uint8 else torch.qint8
     if torch.ops.aten.is_non_overlapping_and_dense.default(x):  # any layout without holes: the memory as one row
         q = torch.quantize_per_tensor(x.as_strided((x.numel(),), (1,)), scale, zero_point, qdtype)
         return torch.empty(0, dtype=dtype).set_(q.untyped_storage(), 0, x.shape, x.stride())
     q = torch.quantize_per_tensor(x, scale, zero_point, qdtype).int_repr()
     return torch.empty_like(x, dtype=dtype).copy_(q)  # the layout that shape propagation has promised
+
+
+@functools.cache
+def _wraps() -> bool:
+    """Before torch 2.9 the kernel adds the zero point in int32, which the code of a huge value overflows."""
+    with warnings.catch_warnings():  # torch warns, once, of a later release than the range this package supports
+        warnings.simplefilter("ignore")
+        codes = torch.quantize_per_tensor(torch.full((64,), 1e30), 0.02, 255, torch.quint8).int_repr()
+    return not bool((codes == 255).all())
 
 
 def dequantize_codes(q: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:

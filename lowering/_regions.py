@@ -1,7 +1,7 @@
 """Runs of int8 layers as one operator, for torch.compile.
 
-Each opaque operator costs inductor's generated code a call through Python. A network of fifty small layers pays that fifty
-times; grouped into regions it pays once, and inductor loses nothing, because it could not see into the layers anyway.
+Each opaque operator costs inductor's generated code a call through Python. A network of fifty small layers pays that
+fifty times; grouped into regions it pays once, and inductor loses nothing: it could not see into the layers anyway.
 
 A torch without opaque operators (before 2.9) would break its graph at each layer instead, and recompile for each shape:
 there the whole lowered graph stays outside of torch.compile.

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import inspect
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -579,3 +581,21 @@ def test_dynamic_batch_and_sequence() -> None:
     for size in (*sizes, (3, 3, 31, 8)):
         x = torch.randn(size)
         assert close(image(x), q(x), 20)
+
+
+def test_nothing_is_warned_of_without_reason() -> None:
+    """Warnings are for what the user can act on; torch's about its own later releases are not."""
+    program = """
+import torch, warnings
+from torch import nn
+from inc_graph.export import export
+from inc_graph.quantization import StaticQuantConfig, convert, prepare
+warnings.simplefilter("error")
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 2)).eval()
+x = torch.randn(2, 3, 8, 8)
+prepared = prepare(export(model, (x,)), StaticQuantConfig())
+prepared(x)
+print(convert(prepared)(x).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "torch.Size([2, 2])\n", "")

@@ -50,8 +50,7 @@ class QuantizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, computed by the backend."""
-        traced = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-        graph = self._for_compile[0] if traced else self.lowered
+        graph = self._for_compile[0] if torch.compiler.is_dynamo_compiling() else self.lowered
         return graph(*args, **kwargs)
 
     @property

@@ -153,12 +153,15 @@ def test_compiled_again_and_with_static_sizes(models: dict[str, nn.Module], kind
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_export(models: dict[str, nn.Module], kind: str, strict: bool) -> None:
-    """An exported program keeps the layers as calls of one operator each, and runs."""
+    """An exported program keeps the layers as operators (strict: runs of them as one), and runs the kernels."""
     x, y = inputs(kind, 4), inputs(kind, 3, 5)
     program = torch.export.export(models[kind], (x,), dynamic_shapes=((sizes(kind),),), strict=strict)
     for p in (program, program.run_decompositions()):
-        calls = [n for n in p.graph.nodes if n.op == "call_function"]
-        assert sum("inc_onednn.layer" in f"{n.target}{n.args}" for n in calls) == sum(KERNELS[kind].values())
+        calls = [f"{n.target}{n.args}" for n in p.graph.nodes if n.op == "call_function"]
+        layers, runs = (sum(f"inc_onednn.{kind}" in call for call in calls) for kind in ("layer", "region"))
+        assert (runs > 0) == strict and (runs or layers == sum(KERNELS[kind].values()))
+        module = p.module()
+        assert kernels(lambda module=module: module(y)) == KERNELS[kind]
         for z in (x, y):
             assert_same(models[kind](z), p.module()(z))
 
