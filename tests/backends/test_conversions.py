@@ -71,7 +71,7 @@ def test_quantize_saturates_at_both_ends() -> None:
 
 
 def test_exact_ties_may_be_rounded_to_the_other_side() -> None:
-    """torch's kernel (since 2.9) adds the zero point before it rounds half to even, the reference afterwards: with an odd
+    """torch's kernel (since 2.9) adds the zero point before it rounds half to even, the reference after it: with an odd
     zero point an exact tie goes the other way. It is still a nearest code."""
     x = torch.arange(-20, 21) * 0.5
     for zero_point in (100, 101):
