@@ -24,7 +24,25 @@ from torch import fx
 from inc_graph.errors import PatternError
 from inc_graph.registry import PATTERNS
 
-__all__ = ["ROLES", "OpPattern", "argument", "pattern_of", "register_pattern", "set_arguments"]
+__all__ = ["ROLES", "OpPattern", "OperatorInfo", "argument", "pattern_of", "register_pattern", "set_arguments"]
+
+
+@dataclass(frozen=True)
+class OperatorInfo:
+    """What a predicate of a user's sees of an operator.
+
+    Attributes:
+        name: Path of its module; of a function call, its name in the graph.
+        op: Operator type, such as "linear", "conv2d", "matmul" (module class where there is no graph).
+        module_type: Class name of the innermost module, "" if there is none.
+        weight_shape: Of its weight, None if it has none.
+    """
+
+    name: str
+    op: str
+    module_type: str = ""
+    weight_shape: tuple[int, ...] | None = None
+
 
 ROLES = ("anchor", "follower", "carrier", "activation", "opaque")
 

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from inc_graph.errors import IncError, IncWarning, UnknownNameError
 
-__all__ = ["ALGORITHMS", "BACKENDS", "PASSES", "PATTERNS", "QTYPES", "Registry"]
+__all__ = ["ALGORITHMS", "BACKENDS", "CONFIGS", "PASSES", "PATTERNS", "QTYPES", "Registry"]
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -192,3 +192,4 @@ PATTERNS: Registry[Any] = Registry("pattern", "inc_graph.passes.patterns")
 ALGORITHMS: Registry[Any] = Registry("algorithm", "inc_graph.passes.qparams")
 BACKENDS: Registry[Any] = Registry("backend", "inc_graph.lowering")
 QTYPES: Registry[Any] = Registry("qtype", None)
+CONFIGS: Registry[Any] = Registry("config", "inc_graph.quantization.configs")

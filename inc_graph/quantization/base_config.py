@@ -1,0 +1,465 @@
+"""The machinery of all configs: one table of fields drives construction, validation, values, files and tuning.
+
+A config class is a table of fields, and what it means for one operator (`op_quant`) and for the model (`recipe`).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import itertools
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+
+from torch import nn
+
+from inc_graph.errors import ConfigError
+from inc_graph.quantization.fields import Field
+from inc_graph.quantization.where import check_key, key_from_text, key_to_text, shown, where_of
+from inc_graph.recipe import OpQuant, Recipe, Where, WhereRule
+from inc_graph.registry import CONFIGS
+
+__all__ = ["DEFAULT_WHITE_LIST", "BaseConfig", "OperatorConfig", "register_config"]
+
+DEFAULT_WHITE_LIST = "*"
+_OF_UPSTREAM = ("non_tunable_params", "_is_initialized", "_json_file")  # in its files; they say nothing
+
+C = TypeVar("C", bound="BaseConfig")
+
+
+class OperatorConfig(NamedTuple):
+    """What a config class supports: its fields with all their legal values as lists, for these operators."""
+
+    config: BaseConfig
+    operators: list[Any]
+    valid_func_list: list[Callable[..., Any]] = []
+
+
+class BaseConfig:
+    """Base of the configs. Subclasses set `name` and `fields`.
+
+    Args:
+        *args, **values: The fields of the class, and `white_list`: "*" for every operator, or a list of module names
+            (regex), classes, functions and predicates (see `set_local`) to quantize. A list of legal values makes a
+            field a set of candidates for `expand` and `autotune`.
+
+    Raises:
+        ConfigError: on an unknown field (with the nearest name) or an illegal value (with the legal ones).
+
+    Attributes:
+        name: Of the algorithm.
+        fields: Field name -> what it may be, in the order of the arguments.
+        priority: Where two configs of a `ComposableConfig` claim one operator, the higher one gets it.
+        tuning: Candidates of `get_config_set_for_tuning`.
+        on_client: Fields that have other defaults on a client processor.
+        operators: Module classes and functions that the algorithm is for.
+        supported_configs: Filled by `register_supported_configs`.
+    """
+
+    name: ClassVar[str] = "base_config"
+    fields: ClassVar[dict[str, Field]] = {}
+    priority: ClassVar[int] = 0
+    tuning: ClassVar[dict[str, list[Any]]] = {}
+    on_client: ClassVar[dict[str, Any]] = {}
+    operators: ClassVar[tuple[Any, ...]] = ()
+    supported_configs: ClassVar[list[OperatorConfig]] = []
+    params_list: ClassVar[list[str]] = []
+    non_tunable_params: ClassVar[list[str]] = ["white_list"]
+    needs_calibration: ClassVar[bool] = True
+    _mark: ClassVar[dict[str, Any]] = {"_is_initialized": True}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.params_list = [n for n in cls.fields if n != "white_list"]
+        cls.non_tunable_params = ["white_list", *(n for n in cls.params_list if not cls.fields[n].tunable)]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        params = [inspect.Parameter(n, kind, default=f.default) for n, f in cls._arguments().items()]
+        cls.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _arguments(cls) -> dict[str, Field]:
+        """Fields and the white list, in the order of the arguments: those of neural_compressor, then ours."""
+        fields = cls.fields if "white_list" in cls.fields else {**cls.fields, "white_list": Field(DEFAULT_WHITE_LIST)}
+        return {n: f for ours in (False, True) for n, f in fields.items() if f.ours is ours}
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        names = list(self._arguments())
+        if len(args) > len(names):
+            raise ConfigError(f"{type(self).__name__} takes at most {len(names)} arguments, got {len(args)}")
+        given = dict(zip(names, args, strict=False))
+        if twice := sorted(set(given) & set(values)):
+            raise ConfigError(f"{type(self).__name__}: {', '.join(twice)} given twice")
+        values = {**given, **values}
+        for key in values:
+            if key not in names:
+                self._unknown(key)
+        self._local: dict[Any, BaseConfig] = {}
+        self.white_list = values.pop("white_list", DEFAULT_WHITE_LIST)
+        for key in self.params_list:
+            spec = self.fields[key]
+            value = values.get(key, spec.default)
+            setattr(self, key, copy.deepcopy(value) if spec.stored else value)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Fields that depend on others, once all are set; and what no two fields may be together."""
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "white_list":
+            value = _white_list(value)
+        elif key in self.fields:
+            spec = self.fields[key]
+            if spec.candidates(value):
+                value = [spec.convert(v) for v in value]
+            elif (expected := spec.check(value)) is not None:
+                near = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", expected), 1)
+                message = f"{type(self).__name__}.{key} must be {expected}, not {value!r}"
+                raise ConfigError(message, hint=f"did you mean {near[0]!r}?" if near else None)
+            else:
+                value = spec.convert(value)
+        elif not key.startswith("_") and not isinstance(getattr(type(self), key, None), property):
+            self._unknown(key)
+        super().__setattr__(key, value)
+
+    def _unknown(self, key: str) -> NoReturn:
+        near = difflib.get_close_matches(key, self._arguments(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(self.fields) or '(none)'}"
+        raise ConfigError(f"{type(self).__name__} has no field {key!r}", hint=hint)
+
+    # -------------------------------------------------------------------------------------------------- local settings
+    def set_local(self: C, operator_name_or_list: Any, config: BaseConfig) -> C:
+        """Another config for some operators; one that leaves operators float (`dtype="fp32"`) leaves these float.
+
+        Args:
+            operator_name_or_list: A list of, or one of
+                a module name: regular expression, matched at the start (`fc1` is also `fc10`, `fc1$` is not);
+                a module class, such as `torch.nn.Linear`;
+                a function that is an operator, such as `torch.matmul`;
+                a predicate: any other function, called with each `OperatorInfo`.
+            config: It is not copied; what it says when `prepare` is called counts.
+
+        The most specific setting wins: a name that is the whole path of the module, a name that its path begins with, a
+        predicate, a class or function, the config itself; among equals the one said last.
+
+        Raises:
+            ConfigError: if `config` is not a config, or an entry is none of these.
+        """
+        if not isinstance(config, BaseConfig):
+            raise ConfigError(f"set_local needs a config, not {config!r}", hint=f"for example {type(self).__name__}()")
+        several = isinstance(operator_name_or_list, list | tuple | set)
+        items = operator_name_or_list if several else [operator_name_or_list]
+        for item in items:
+            check_key(item)
+        for item in items:
+            self._local.pop(item, None)  # the last said goes to the end
+            self._local[item] = config
+        return self
+
+    @property
+    def local_config(self) -> dict[Any, BaseConfig]:
+        """Name, class, function or predicate -> config, in the order said."""
+        return dict(self._local)
+
+    @property
+    def global_config(self: C) -> C:
+        """The same config without local settings."""
+        new = copy.copy(self)
+        new._local = {}
+        return new
+
+    # -------------------------------------------------------------------------------------------------------- as values
+    def get_params_dict(self) -> dict[str, Any]:
+        """Field -> value."""
+        return {key: getattr(self, key) for key in self.params_list}
+
+    def _own_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"non_tunable_params": list(self.non_tunable_params)}
+        for key in self.params_list:
+            spec, value = self.fields[key], getattr(self, key)
+            if spec.stored and not (spec.ours and value == spec.default):
+                found[key] = copy.deepcopy(value)
+        if self.white_list != DEFAULT_WHITE_LIST:
+            found["white_list"] = [key_to_text(key) for key in self.white_list]
+        return {**found, **self._mark}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field -> value as JSON takes it; with local settings {"global": ..., "local": {key as text: ...}}.
+
+        Raises:
+            ConfigError: for a predicate that cannot be written down (a lambda).
+        """
+        if not self._local:
+            return self._own_dict()
+        local: dict[str, Any] = {}
+        for key, config in self._local.items():
+            inner = config.to_dict()
+            local[key_to_text(key)] = inner if type(config) is type(self) else {config.name: inner}
+        return {"global": self._own_dict(), "local": local}
+
+    @classmethod
+    def from_dict(cls: type[C], config_dict: Mapping[str, Any]) -> C:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise ConfigError(f"{cls.__name__} is read from a dictionary, not from {config_dict!r}")
+        if "global" not in config_dict and "local" not in config_dict:
+            return cls._from_own(config_dict)
+        if extra := sorted(set(map(str, config_dict)) - {"global", "local"}):
+            raise ConfigError(f"{cls.__name__}: {', '.join(extra)} beside 'global' and 'local'")
+        config = cls._from_own(config_dict.get("global") or {})
+        for key, inner in (config_dict.get("local") or {}).items():
+            config.set_local(key_from_text(key), cls._from_local(inner))
+        return config
+
+    @classmethod
+    def _from_own(cls: type[C], values: Mapping[str, Any]) -> C:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{cls.__name__} is read from a dictionary, not from {values!r}")
+        found = {k: v for k, v in values.items() if k not in _OF_UPSTREAM}
+        if isinstance(found.get("white_list"), list):
+            found["white_list"] = [key_from_text(k) if isinstance(k, str) else k for k in found["white_list"]]
+        return cls(**{k: cls._from_json(k, v) for k, v in found.items()})
+
+    @classmethod
+    def _from_json(cls, key: str, value: Any) -> Any:
+        """JSON has no tuples: a list becomes one where the default is one."""
+        spec = cls.fields.get(key)
+        return tuple(value) if spec and isinstance(spec.default, tuple) and isinstance(value, list) else value
+
+    @classmethod
+    def _from_local(cls, inner: Any) -> BaseConfig:
+        if isinstance(inner, Mapping) and len(inner) == 1 and (name := next(iter(inner))) in CONFIGS:
+            return CONFIGS.get(name).from_dict(inner[name])
+        return cls.from_dict(inner)
+
+    @classmethod
+    def to_diff_dict(cls, instance: BaseConfig) -> dict[str, Any]:
+        """The fields of `instance` that differ from their defaults."""
+        mine = instance.get_params_dict()
+        return {k: v for k, v in mine.items() if instance.fields[k].stored and v != type(instance)._default(k)}
+
+    @classmethod
+    def _default(cls, key: str) -> Any:
+        return getattr(cls(), key)
+
+    @staticmethod
+    def get_the_default_value_of_param(config: BaseConfig, param: str) -> Any:
+        """The default of one field."""
+        return type(config)._default(param)
+
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """JSON text; with `use_diff` only the fields that differ from their defaults."""
+        data = self.to_diff_dict(self) if use_diff else self.to_dict()
+        try:
+            return json.dumps(data, indent=2) + "\n"
+        except TypeError as e:
+            raise ConfigError(f"{type(self).__name__} holds what JSON cannot say: {e}") from e
+
+    def to_json_file(self, filename: str | os.PathLike[str]) -> None:
+        """Write `to_json_string()` to a file, whole or not at all."""
+        text, path = self.to_json_string(), Path(filename)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def from_json_string(cls: type[C], text: str) -> C:
+        """Inverse of `to_json_string`. ConfigError if the text is not JSON, or not of this class."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"{cls.__name__}: not JSON: {e}") from e
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_json_file(cls: type[C], filename: str | os.PathLike[str]) -> C:
+        """Read what `to_json_file` wrote. ConfigError names the file."""
+        try:
+            return cls.from_json_string(Path(filename).read_text(encoding="utf-8"))
+        except (ConfigError, OSError, UnicodeDecodeError) as e:
+            reason, hint = (e.message, e.hint) if isinstance(e, ConfigError) else (str(e), None)
+            raise ConfigError(f"{filename}: {reason}", hint=hint) from e
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            type(self) is type(other)
+            and isinstance(other, BaseConfig)
+            and self.get_params_dict() == other.get_params_dict()
+            and self.white_list == other.white_list
+            and list(self._local.items()) == list(other._local.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        changed = [f"{k}={v!r}" for k, v in self.to_diff_dict(self).items()]
+        if self.white_list != DEFAULT_WHITE_LIST:
+            changed.append(f"white_list=[{', '.join(map(shown, self.white_list))}]")
+        local = "".join(f".set_local({shown(k)}, {c!r})" for k, c in self._local.items())
+        return f"{type(self).__name__}({', '.join(changed)}){local}"
+
+    def __add__(self, other: BaseConfig) -> BaseConfig:
+        """Both configs, in a new `ComposableConfig`; neither is changed."""
+        if not isinstance(other, BaseConfig):
+            return NotImplemented
+        from inc_graph.quantization.composable import ComposableConfig
+
+        return ComposableConfig([self]) + other
+
+    # ---------------------------------------------------------------------------------------------------------- tuning
+    def is_set(self) -> bool:
+        """Whether a field, here or in a local setting, holds candidates."""
+        own = any(self.fields[k].candidates(v) for k, v in self.get_params_dict().items())
+        return own or any(c.is_set() for c in self._local.values())
+
+    def expand(self: C) -> list[C]:
+        """One config for each combination of candidates, the last field changing fastest; `[self]` if there are none."""
+        chosen = {k: v for k, v in self.get_params_dict().items() if self.fields[k].candidates(v)}
+        found = []
+        for values in itertools.product(*chosen.values()):
+            new = copy.copy(self)
+            new._local = dict(self._local)
+            for key, value in zip(chosen, values, strict=True):
+                setattr(new, key, copy.deepcopy(value))
+            new._settle()
+            found.append(new)
+        return found
+
+    @classmethod
+    def get_config_set_for_tuning(cls) -> Any:
+        """A config of this class with the candidates that are worth trying."""
+        return cls(**cls.tuning)
+
+    @classmethod
+    def get_predefined_configs(cls: type[C]) -> dict[Any, C]:
+        """Processor type -> default config."""
+        from inc_graph.utils.processor import ProcessorType
+
+        return {ProcessorType.Client: cls(**cls.on_client), ProcessorType.Server: cls()}
+
+    # ------------------------------------------------------------------------------------------------- what it speaks of
+    @classmethod
+    def register_supported_configs(cls) -> list[OperatorConfig]:
+        """Fill and return `supported_configs`: every legal value of every field that has only a few, for `operators`."""
+        ranges = {k: list(f.choices) for k, f in cls.fields.items() if f.tunable and len(f.choices) > 1}
+        cls.supported_configs = [OperatorConfig(cls(**ranges), list(cls.operators))]
+        return cls.supported_configs
+
+    @classmethod
+    def validate(cls, user_config: BaseConfig) -> None:
+        """ConfigError if the config is not of this class. (Its values were checked when they were set.)"""
+        if not isinstance(user_config, cls):
+            raise ConfigError(f"expected a {cls.__name__}, not {user_config!r}")
+
+    @classmethod
+    def get_model_info(cls, model: nn.Module, example_inputs: Any = None) -> list[tuple[str, str]]:
+        """(path, class name) of each module of the model that the algorithm is for."""
+        kinds = tuple(t for t in cls.operators if isinstance(t, type))
+        names = {t for t in cls.operators if isinstance(t, str)}
+        return [
+            (name, type(m).__name__)
+            for name, m in model.named_modules()
+            if isinstance(m, kinds) or type(m).__name__ in names
+        ]
+
+    def to_config_mapping(
+        self, config_list: Sequence[BaseConfig] | None = None, model_info: Iterable[tuple[str, str]] | None = None
+    ) -> OrderedDict[Any, Any]:
+        """(path, class name) -> the config that module gets, float ones included.
+
+        Args:
+            config_list: Configs in rising importance; None: this one.
+            model_info: From `get_model_info`.
+        """
+        from inc_graph.quantization.mapping import config_mapping
+
+        return config_mapping([self] if config_list is None else list(config_list), list(model_info or ()))
+
+    # ------------------------------------------------------------------------------------------------------ as a recipe
+    def leaves_float(self) -> bool:
+        """Whether the fields say that operators stay float."""
+        return False
+
+    def op_quant(self) -> OpQuant | None:
+        """What these fields mean for one operator; None: float.
+
+        Raises:
+            NotImplementedError: if this version does not have the algorithm.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: this version does not have the algorithm '{self.name}'")
+
+    def implied(self) -> tuple[tuple[str, BaseConfig], ...]:
+        """Settings by name that the fields imply, such as a float head; any setting of the user's is stronger."""
+        return ()
+
+    def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
+        """The recipe for a backend that has kernels for the operator types `supported` (None: all).
+
+        Raises:
+            NotImplementedError: as `op_quant`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: this version does not have the algorithm '{self.name}'")
+
+    def rules(self) -> tuple[WhereRule, ...]:
+        """Rules of this config and its local settings, from the general to the specific."""
+        if self.is_set():
+            hint = "try them with autotune, or take one of config.expand()"
+            raise ConfigError(f"{self!r} holds lists of candidates", hint=hint)
+        everything = self.white_list == DEFAULT_WHITE_LIST
+        mine = self.op_quant()
+        found = [WhereRule(Where(), mine if everything else None, "" if everything else "white_list")]
+        found += [WhereRule(Where("implied", k), c.op_quant(), f"{self.name} by default") for k, c in self.implied()]
+        if not everything:
+            found += [WhereRule(where_of(w), mine, f"white_list entry {shown(w)}") for w in self.white_list]
+        found += [WhereRule(where_of(k), c.op_quant(), f"set_local({shown(k)})") for k, c in self._local.items()]
+        return tuple(found)
+
+    def predicates(self) -> dict[int, Callable[[Any], Any]]:
+        """Index in `rules()` -> predicate of that rule."""
+        keys = [
+            None,
+            *(None for _ in self.implied()),
+            *(() if self.white_list == "*" else self.white_list),
+            *self._local,
+        ]
+        return {i: key for i, key in enumerate(keys) if key is not None and where_of(key).kind == "predicate"}
+
+
+def _white_list(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value == DEFAULT_WHITE_LIST):
+        return DEFAULT_WHITE_LIST
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"white_list must be '*' or a list of names and types, not {value!r}")
+    value = list(value)
+    for item in value:
+        check_key(item)
+    return value
+
+
+def register_config(
+    framework_name: str = "torch", algo_name: str = "", priority: int | float = 0
+) -> Callable[[type[C]], type[C]]:
+    """Class decorator: enter a config class under the name of its algorithm.
+
+    `from_dict` of compositions, `get_all_config_set` and the dictionary form of configs find it there.
+    """
+
+    def enter(cls: type[C]) -> type[C]:
+        cls.name = algo_name or cls.name
+        cls.priority = int(priority) if priority else cls.priority
+        CONFIGS.add(cls.name, cls)
+        return cls
+
+    return enter

@@ -1,0 +1,112 @@
+"""Several configs as one: `a + b`. Where two claim an operator, the one with the higher priority gets it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from inc_graph.errors import ConfigError
+from inc_graph.quantization.base_config import BaseConfig
+from inc_graph.quantization.fields import Field
+from inc_graph.registry import CONFIGS
+
+__all__ = ["ComposableConfig"]
+
+
+class ComposableConfig(BaseConfig):
+    """Configs that apply to one model together, each with its own local settings.
+
+    Args:
+        configs: They are not copied, and not changed.
+    """
+
+    name: ClassVar[str] = "composable_config"
+    fields: ClassVar[dict[str, Field]] = {}
+
+    def __init__(self, configs: Sequence[BaseConfig]) -> None:
+        if isinstance(configs, BaseConfig) or not all(isinstance(c, BaseConfig) for c in configs):
+            raise ConfigError(f"ComposableConfig needs a list of configs, not {configs!r}")
+        flat = [inner for c in configs for inner in (c.config_list if isinstance(c, ComposableConfig) else [c])]
+        super().__init__()
+        self._configs = flat
+
+    @property
+    def config_list(self) -> list[BaseConfig]:
+        """The configs, in the order they were added."""
+        return list(self._configs)
+
+    def set_local(self, operator_name_or_list: Any, config: BaseConfig) -> Any:
+        """Refused: it would be unclear which of the configs is meant."""
+        raise ConfigError("set_local on a composition", hint="call it on one of the configs, before adding them")
+
+    def __add__(self, other: BaseConfig) -> BaseConfig:
+        if not isinstance(other, BaseConfig):
+            return NotImplemented
+        return ComposableConfig([self, other])
+
+    def to_dict(self) -> dict[str, Any]:
+        """{algorithm: dictionary of its config}; a list of them where an algorithm occurs more than once."""
+        found: dict[str, Any] = {}
+        for config in self._configs:
+            found.setdefault(config.name, []).append(config.to_dict())
+        return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], config_registry: Any = None) -> ComposableConfig:
+        """Inverse of `to_dict`. ConfigError names an unknown algorithm."""
+        if not isinstance(config_dict, Mapping):
+            raise ConfigError(f"ComposableConfig is read from a dictionary, not from {config_dict!r}")
+        found: list[BaseConfig] = []
+        for name, values in config_dict.items():
+            kind = CONFIGS.get(name)
+            found += [kind.from_dict(v) for v in (values if isinstance(values, list) else [values])]
+        return cls(found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ComposableConfig) and self._configs == other._configs
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self._configs)) or "ComposableConfig([])"
+
+    def is_set(self) -> bool:
+        return any(c.is_set() for c in self._configs)
+
+    def expand(self) -> list[Any]:
+        """The expansions of each config, one config after the other."""
+        return [new for config in self._configs for new in config.expand()]
+
+    def leaves_float(self) -> bool:
+        return all(c.leaves_float() for c in self._configs)
+
+    @property
+    def global_config(self) -> Any:
+        return ComposableConfig([c.global_config for c in self._configs])
+
+    @classmethod
+    def register_supported_configs(cls) -> list[Any]:
+        """A composition supports what its configs support."""
+        raise NotImplementedError("call it on the class of one of the configs")
+
+    @classmethod
+    def get_config_set_for_tuning(cls) -> Any:
+        raise NotImplementedError("call it on the class of one of the configs")
+
+    def get_model_info(self, model: Any, example_inputs: Any = None) -> list[tuple[str, str]]:  # type: ignore[override]
+        """(path, class name) of each module that one of the algorithms is for."""
+        found = dict.fromkeys(pair for c in self._configs for pair in c.get_model_info(model, example_inputs))
+        return list(found)
+
+    def to_config_mapping(
+        self, config_list: Sequence[BaseConfig] | None = None, model_info: Iterable[tuple[str, str]] | None = None
+    ) -> OrderedDict[Any, Any]:
+        return super().to_config_mapping(self._configs if config_list is None else config_list, model_info)
+
+    def __copy__(self) -> ComposableConfig:
+        return ComposableConfig(self._configs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComposableConfig:
+        return ComposableConfig(copy.deepcopy(self._configs, memo))

@@ -1,0 +1,210 @@
+"""Methods that quantize weights and activations: static INT8, SmoothQuant, dynamic INT8."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from inc_graph.calibrate import RangeEstimator
+from inc_graph.errors import ConfigError, IncError, UnknownNameError
+from inc_graph.options import make_estimator
+from inc_graph.qtypes import QType, get_qtype
+from inc_graph.quantization.base_config import BaseConfig, register_config
+from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_list, a_number, a_string, anything, either
+from inc_graph.recipe import OpQuant, Recipe
+from inc_graph.registry import ALGORITHMS, QTYPES
+from inc_graph.spec import PerChannel, PerTensor, QSpec
+
+__all__ = ["DynamicQuantConfig", "INT8StaticQuantConfig", "SmoothQuantConfig"]
+
+_SEVEN_BITS = {"int8": "int7", "uint8": "uint7"}
+
+
+def _a_qtype(*kinds: str) -> Callable[[Any], str | None]:
+    """Check for the name of a registered qtype of one of `kinds` and at most 8 bits, or "fp32"."""
+
+    def fits(qtype: QType) -> bool:
+        return qtype.kind in kinds and qtype.bits <= 8 and qtype.scale_format == "float32"
+
+    def check(value: Any) -> str | None:
+        if value == "fp32" or (isinstance(value, str) and value in QTYPES and fits(get_qtype(value))):
+            return None
+        known = [name for name, qtype in QTYPES.items() if fits(qtype)]
+        return f"one of {', '.join(map(repr, [*known, 'fp32']))}"
+
+    return check
+
+
+def _an_estimator(of_batches: bool) -> Callable[[Any], str | None]:
+    """Check for a range estimator; with `of_batches`, one that takes in more than one tensor."""
+
+    def fits(kind: Any) -> bool:
+        return isinstance(kind, type) and issubclass(kind, RangeEstimator) and kind.batches >= of_batches
+
+    def check(value: Any) -> str | None:
+        known = ", ".join(repr(name) for name, kind in ALGORITHMS.items() if fits(kind))
+        legal = f"a range estimator{' of several batches' if of_batches else ''} (one of {known})"
+        try:
+            return None if fits(type(make_estimator(value))) else legal
+        except UnknownNameError:
+            return legal
+        except IncError as e:
+            return f"{legal}; {e.message}"
+
+    return check
+
+
+_INT8: dict[str, Field] = {
+    "w_dtype": Field("int8", _a_qtype("int", "codebook"), 'Weight format; "fp32" leaves the operator float.'),
+    "w_sym": Field(True, a_bool, "Weights symmetric around zero."),
+    "w_granularity": Field("per_channel", a_choice("per_channel", "per_tensor"), "Weights that share a scale."),
+    "w_algo": Field("minmax", _an_estimator(False), 'Range estimator of weights, such as "mse".'),
+    "act_dtype": Field("uint8", _a_qtype("int"), 'Activation format; "fp32" quantizes weights only.'),
+    "act_sym": Field(False, a_bool, "Activations symmetric around zero."),
+    "act_granularity": Field("per_tensor", a_choice("per_tensor"), "Activations that share a scale."),
+    "act_algo": Field("minmax", _an_estimator(True), 'Range estimator of activations, such as "kl".'),
+}
+_EXCLUDED = Field([], a_list(a_string, "precisions"), "Precisions that the rest of the model must not use.")
+
+
+class _Int8Config(BaseConfig):
+    operators: ClassVar[tuple[Any, ...]] = (
+        torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.ConvTranspose1d,
+        torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d, torch.nn.Embedding, "Conv1D",
+    )  # fmt: skip
+
+    def leaves_float(self) -> bool:
+        return getattr(self, "w_dtype", None) == "fp32"
+
+
+@register_config(algo_name="static_quant")
+class INT8StaticQuantConfig(_Int8Config):
+    """Static quantization: activation ranges are found once, on calibration data.
+
+    Fields:
+        w_dtype: Weight type: any integer or codebook qtype, such as "int8", "int7", "int4"; "fp32" leaves the operator
+            float.
+        w_sym: Weights symmetric around zero.
+        w_granularity: "per_channel" (one scale an output channel) or "per_tensor".
+        w_algo: Range estimator of weights: "minmax", "mse", "percentile{percent=99.99}", ...
+        act_dtype: Activation type: any integer qtype, such as "uint8", "int8", "uint7"; "fp32" quantizes weights only.
+        act_sym: Activations symmetric around zero.
+        act_granularity: "per_tensor".
+        act_algo: Range estimator of activations: "minmax", "moving_average", "percentile", "histogram_mse", "kl".
+        excluded_precisions: Precisions that the rest of the model must not use; float32 is all that static INT8 uses.
+        model_info: Accepted for compatibility and not used: the graph says what is in the model.
+        bias_correction: Correct each bias for the mean error of its quantized weight (Nagel et al. 2019).
+        reduce_range: 7-bit activations and weights, which cannot saturate 16-bit accumulators of CPUs without VNNI;
+            None: where the machine needs it.
+    """
+
+    w_dtype: str
+    w_sym: bool
+    w_granularity: str
+    w_algo: str
+    act_dtype: str
+    act_sym: bool
+    act_granularity: str
+    act_algo: str
+    excluded_precisions: list[str]
+    model_info: Any
+    bias_correction: bool
+    reduce_range: bool | None
+
+    fields: ClassVar[dict[str, Field]] = {
+        **_INT8,
+        "excluded_precisions": _EXCLUDED,
+        "white_list": Field("*"),
+        "model_info": Field(None, anything, "Not used."),
+        "bias_correction": Field(True, a_bool, "Correct biases for the mean error of the weights.", ours=True),
+        "reduce_range": Field(None, a_choice(None, False, True), "7-bit formats, for CPUs without VNNI.", ours=True),
+    }
+    tuning: ClassVar[dict[str, list[Any]]] = {"act_sym": [True, False], "act_algo": ["kl", "minmax"]}
+
+    def op_quant(self) -> OpQuant | None:
+        if self.w_dtype == "fp32":
+            return None
+        reduce = _needs_reduce_range() if self.reduce_range is None else self.reduce_range
+        w_type = _SEVEN_BITS.get(self.w_dtype, self.w_dtype) if reduce else self.w_dtype
+        granularity = PerChannel(0) if self.w_granularity == "per_channel" else PerTensor()
+        weight = QSpec(w_type, "symmetric" if self.w_sym else "asymmetric", granularity)
+        activation = None
+        if self.act_dtype != "fp32":
+            a_type = _SEVEN_BITS.get(self.act_dtype, self.act_dtype) if reduce else self.act_dtype
+            activation = QSpec(a_type, "symmetric" if self.act_sym else "asymmetric", PerTensor())
+        return OpQuant(activation, weight, self.act_algo, self.w_algo, self.bias_correction)
+
+    def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
+        return Recipe(
+            self.name,
+            self.rules(),
+            prepare="fold-constants,canonicalize,fold-conv-bn,annotate,insert-observers",
+            convert="correct-bias,convert-qdq",
+            supported=supported,
+            backend=backend,
+        )
+
+
+def _needs_reduce_range() -> bool:
+    """u8 x s8 products are summed pairwise in 16 bits, with saturation, on x86 without VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    supported = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(
+        torch._C._cpu, "_is_avx512_vnni_supported", None
+    )
+    return supported is not None and not supported()
+
+
+_ALPHA = {
+    "init_alpha": Field(0.5, a_number(0, 1), "First alpha of the search."),
+    "alpha_min": Field(0.0, a_number(0, 1), "Least alpha of the search."),
+    "alpha_max": Field(1.0, a_number(0, 1), "Greatest alpha of the search."),
+    "alpha_step": Field(0.1, a_number(0.001, 1), "Step of the search."),
+    "shared_criterion": Field("max", a_choice("max", "min", "mean"), "Alpha of layers with one input."),
+    "do_blockwise": Field(False, a_bool, "Search by the error of blocks, not of layers."),
+}
+
+
+@register_config(algo_name="smooth_quant")
+class SmoothQuantConfig(_Int8Config):
+    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers move from activations into weights, then static INT8."""
+
+    fields: ClassVar[dict[str, Field]] = {
+        **_INT8,
+        "excluded_precisions": _EXCLUDED,
+        "alpha": Field(0.5, either(a_number(0, 1), a_choice("auto")), 'How much of an outlier moves; "auto": searched.'),
+        "folding": Field(False, a_bool, "Only scale where a producer can absorb it; False: multiply elsewhere."),
+        "scale_sharing": Field(False, a_bool, "Layers with one input share a scale."),
+        **_ALPHA,
+        "auto_alpha_args": Field(None, either(a_choice(None), a_dict(*_ALPHA, "n_samples")),
+                                 "The options of the search together; None: those above."),
+    }  # fmt: skip
+    tuning: ClassVar[dict[str, list[Any]]] = {
+        "alpha": [round(0.1 * i, 1) for i in range(1, 10)],
+        "folding": [True, False],
+        "scale_sharing": [True, False],
+        "excluded_precisions": [["bf16"]],
+    }
+
+    def _settle(self) -> None:
+        if self.auto_alpha_args is None:
+            self.auto_alpha_args = {name: getattr(self, name) for name in _ALPHA}
+        if self.alpha_min > self.alpha_max:
+            raise ConfigError(f"SmoothQuantConfig.alpha_min {self.alpha_min} is above alpha_max {self.alpha_max}")
+
+
+@register_config(algo_name="pt2e_dynamic_quant")
+class DynamicQuantConfig(_Int8Config):
+    """Dynamic quantization: activation ranges are found at run time, so that no data is needed."""
+
+    fields: ClassVar[dict[str, Field]] = {
+        **_INT8,
+        "w_granularity": Field("per_tensor", _INT8["w_granularity"].check, _INT8["w_granularity"].doc),
+        "act_granularity": Field("per_tensor", a_choice("per_tensor", "per_token"), _INT8["act_granularity"].doc),
+        "act_algo": Field("kl", _INT8["act_algo"].check, "Accepted for compatibility: at run time it is min-max."),
+    }
+    needs_calibration = False
+    tuning: ClassVar[dict[str, list[Any]]] = {"act_sym": [True, False], "act_algo": ["kl", "minmax"]}
