@@ -70,6 +70,8 @@ class RangeEstimator(ABC):
     """
 
     name: ClassVar[str]
+    batches: ClassVar[bool] = True
+    """Whether it takes in more than one tensor, as activations need."""
 
     def init(self, qspec: QSpec, ndim: int) -> State:
         """State before any data, for values with `ndim` dimensions.

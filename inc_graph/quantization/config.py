@@ -17,11 +17,11 @@ from typing import Any, ClassVar, NoReturn
 import torch
 
 from inc_graph.calibrate import RangeEstimator
-from inc_graph.errors import ConfigError, IncError
+from inc_graph.errors import ConfigError, IncError, UnknownNameError
 from inc_graph.options import make_estimator
 from inc_graph.qtypes import QType, get_qtype
 from inc_graph.recipe import OpQuant, Recipe, Where, WhereRule, names_of_type
-from inc_graph.registry import QTYPES
+from inc_graph.registry import ALGORITHMS, QTYPES
 from inc_graph.spec import PerChannel, PerTensor, QSpec
 
 __all__ = ["BaseConfig", "Field", "INT8StaticQuantConfig", "StaticQuantConfig", "get_default_static_config"]
@@ -45,12 +45,23 @@ def a_bool(value: Any) -> str | None:
     return None if isinstance(value, bool) else "True or False"
 
 
-def an_estimator(value: Any) -> str | None:
-    try:
-        found = make_estimator(value)
-    except IncError as e:
-        return f"a range estimator ({e.message}{'; ' + e.hint if e.hint else ''})"
-    return None if isinstance(found, RangeEstimator) else "a range estimator"
+def an_estimator(of_batches: bool) -> Callable[[Any], str | None]:
+    """Check for a range estimator; with `of_batches`, one that takes in more than one tensor."""
+
+    def fits(kind: Any) -> bool:
+        return isinstance(kind, type) and issubclass(kind, RangeEstimator) and kind.batches >= of_batches
+
+    def check(value: Any) -> str | None:
+        known = ", ".join(repr(name) for name, kind in ALGORITHMS.items() if fits(kind))
+        legal = f"a range estimator{' of several batches' if of_batches else ''} (one of {known})"
+        try:
+            return None if fits(type(make_estimator(value))) else legal
+        except UnknownNameError:
+            return legal
+        except IncError as e:
+            return f"{legal}; {e.message}"
+
+    return check
 
 
 class BaseConfig:
@@ -276,11 +287,11 @@ class INT8StaticQuantConfig(BaseConfig):
         "w_dtype": Field("int8", _a_qtype("int", "codebook")),
         "w_sym": Field(True, a_bool),
         "w_granularity": Field("per_channel", one_of("per_channel", "per_tensor")),
-        "w_algo": Field("minmax", an_estimator),
+        "w_algo": Field("minmax", an_estimator(of_batches=False)),
         "act_dtype": Field("uint8", _a_qtype("int")),
         "act_sym": Field(False, a_bool),
         "act_granularity": Field("per_tensor", one_of("per_tensor")),
-        "act_algo": Field("minmax", an_estimator),
+        "act_algo": Field("minmax", an_estimator(of_batches=True)),
         "excluded_precisions": Field(
             [], lambda v: None if isinstance(v, list) else "a list of precisions", tunable=False
         ),
