@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from inc_graph.batches import Batch
 from inc_graph.errors import CalibrationError, ConfigError
 from inc_graph.numerics import affine_qparams, block_range
 from inc_graph.registry import ALGORITHMS
@@ -69,6 +70,8 @@ class RangeEstimator(ABC):
     """
 
     name: ClassVar[str]
+    batches: ClassVar[bool] = True
+    """Whether it takes in more than one tensor, as activations need."""
 
     def init(self, qspec: QSpec, ndim: int) -> State:
         """State before any data, for values with `ndim` dimensions.
@@ -190,6 +193,7 @@ class Observer(nn.Module):
         self.qspec, self.node, self.module_path = qspec, node, module
         self.axis = axis if channel_mean else None
         self.enabled = True
+        self.batch: Batch | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -198,6 +202,16 @@ class Observer(nn.Module):
             del self._buffers[name]
         self.calls = self.elements = 0
         self.saw_nan = self.saw_inf = False
+
+    def snapshot(self) -> tuple[dict[str, Tensor | None], int, int]:
+        """What was collected; nothing is copied, as nothing is changed in place."""
+        return dict(self._buffers), self.calls, self.elements
+
+    def restore(self, state: tuple[dict[str, Tensor | None], int, int]) -> None:
+        """Back to a snapshot. What was refused stays known (`saw_nan`, `saw_inf`)."""
+        buffers, self.calls, self.elements = state
+        self._buffers.clear()
+        self._buffers.update(buffers)
 
     @property
     def state(self) -> State:
@@ -220,6 +234,8 @@ class Observer(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise self._error(f"the value to observe is {kind}, not floating point", "only float tensors are quantized")
+        if self.batch is not None:
+            self.batch.note(self)
         x = x.detach()
         state = self.state or self.estimator.init(self.qspec, x.ndim)
         try:
@@ -297,7 +313,7 @@ def run_calibration(
         progress: Show a bar with the time left; None: only if stderr is a terminal.
 
     Returns:
-        The number of batches run. If it is interrupted, the observers keep what they have.
+        The number of batches run. If it is interrupted, the observers keep what whole batches gave them.
 
     Raises:
         CalibrationError: there was not one batch; or what the observers raise.

@@ -58,13 +58,28 @@ def _clone(gm: fx.GraphModule, memo: dict[int, nn.Module]) -> fx.GraphModule:
     new.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in new.__dict__})
     new.training = gm.training
     new.meta = {k: _copy_json(v) if k == "inc" else copy.copy(v) for k, v in gm.meta.items()}
-    new.graph = copy_graph(gm.graph)
+    _share_code(gm, new, copy_graph(gm.graph))
     return new
+
+
+_CODE = ("_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec")  # what `recompile` sets
+
+
+def _share_code(gm: fx.GraphModule, new: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give a copy its graph, and the function that was generated from the original's: generating it again is slow."""
+    if type(gm).recompile is not fx.GraphModule.recompile or "_code" not in gm.__dict__:
+        new.graph = graph
+        return
+    new._graph = graph
+    graph.owning_module = new
+    new.__dict__.update({k: gm.__dict__[k] for k in _CODE if k in gm.__dict__})
+    type(new).forward = type(gm).forward
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph module that can be edited freely: own graph, annotations and attribute tables, but the same tensors.
 
+    It runs what the original runs: an original that was edited and not recompiled has to be, and so has its copy.
     No weight is copied. Submodules (observers) are copied the same way: their own tables, the same tensors.
     """
     return _clone(gm, {})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from inc_graph.batches import Batch
 from inc_graph.errors import CalibrationError, ConfigError
 
 __all__ = ["MeanObserver"]
@@ -33,8 +34,17 @@ class MeanObserver(nn.Module):
         self.kind, self.node, self.module_path = kind, node, module
         self.count, self.varied = 0, False
         self.enabled = True
+        self.batch: Batch | None = None
         self.total: Tensor | None
         self.register_buffer("total", None)
+
+    def snapshot(self) -> tuple[Tensor | None, int, bool]:
+        """What was collected; nothing is copied, as nothing is changed in place."""
+        return self.total, self.count, self.varied
+
+    def restore(self, state: tuple[Tensor | None, int, bool]) -> None:
+        """Back to a snapshot."""
+        self.total, self.count, self.varied = state
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
@@ -44,6 +54,8 @@ class MeanObserver(nn.Module):
         return x
 
     def _add(self, x: Tensor) -> None:
+        if self.batch is not None:
+            self.batch.note(self)
         rows = x.reshape(-1, x.shape[-1]) if self.kind == "channels" else x
         total = rows.sum(0, dtype=torch.float64)
         if self.total is not None and (self.varied or self.total.shape != total.shape):

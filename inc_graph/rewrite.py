@@ -141,7 +141,7 @@ class _Driver:
                 self.index[target] = sorted([*found, *self.anywhere], key=lambda r: order[r.name])
         self.depth = max((r.pattern.depth() for r in rules), default=0)
         self.trails: dict[fx.Node, _Trail] = {}
-        self.limit = len(gm.graph.nodes) + 100
+        self.limit = len(gm.graph.nodes) + 1000  # a rule may unroll something: no settling rule goes on for so long
         self.last_fired: list[str] = []
 
     def rules_for(self, node: fx.Node) -> list[Rule]:

@@ -157,7 +157,9 @@ class _Printer:
     def digest(self, value: Any) -> str:
         if not self.tensors or not isinstance(value, torch.Tensor):
             return ""
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0)
+        data = torch.empty(0, dtype=torch.uint8)
+        if value.numel():
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return f" = #{hashlib.sha256(data.numpy().tobytes()).hexdigest()[:12]}"
 
     def notes(self, node: fx.Node) -> str:

@@ -25,6 +25,7 @@ from inc_graph.errors import IncError, VerifyError
 from inc_graph.graph import (
     LEVELS,
     dtype,
+    fake_call,
     get_attr,
     get_level,
     is_float,
@@ -33,6 +34,7 @@ from inc_graph.graph import (
     peek_meta,
     shape,
 )
+from inc_graph.oppattern import argument
 from inc_graph.ops import is_choose_qparams, is_dequantize, is_fake_quantize, is_inc, is_quantize, is_unpack
 from inc_graph.qtypes import get_qtype
 from inc_graph.spec import QSpec, scale_shape
@@ -62,8 +64,10 @@ class _Facts:
 
 
 def _args(node: fx.Node) -> Any:
-    """Arguments without FX's union of everything."""
-    return node.args
+    """Arguments without FX's union of everything; those of our operators in the order of the schema, kwargs too."""
+    if not is_inc(node):
+        return node.args
+    return tuple(argument(node, i) for i in range(len(node.target._schema.arguments)))  # type: ignore[union-attr]
 
 
 def _target(node: fx.Node) -> str:
@@ -106,7 +110,11 @@ def violations(gm: fx.GraphModule, level: str | None = None) -> Iterator[Violati
     facts.mutated = mutated_attrs(gm)
     for node in gm.graph.nodes:
         for name, check in checks:
-            if (detail := check(node, facts)) is not None:
+            try:
+                detail = check(node, facts)
+            except IncError as e:  # what the node says cannot even be read: an unknown qtype, say
+                detail = e.message
+            if detail is not None:
                 yield Violation(name, node, detail)
         if node.op == "get_attr" and isinstance(body := get_attr(gm, _target(node)), fx.GraphModule):
             bodies.append(body)
@@ -135,6 +143,28 @@ def _attr_val(node: fx.Node, facts: _Facts) -> str | None:
     if dtype(node) != value.dtype or not _same_shape(shape(node), value.shape):
         return f"meta['val'] says {dtype(node)} {shape(node)}, the tensor is {value.dtype} {tuple(value.shape)}"
     return None
+
+
+def _call_val(node: fx.Node, facts: _Facts) -> str | None:
+    """The fake value of an operator call is what the operator gives. Where a size is symbolic nobody knows for sure."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    sources = [*node.all_input_nodes, node]
+    if not all(isinstance(v := n.meta.get("val"), torch.Tensor) and _is_static(v) for n in sources):
+        return None
+    try:
+        made = fake_call(facts.gm, node.target, node.args, node.kwargs)
+    except Exception:  # a value that depends on data, an operator without a fake form
+        return None
+    if not isinstance(made, torch.Tensor) or not _is_static(made):
+        return None
+    if made.dtype != dtype(node) or tuple(made.shape) != tuple(shape(node) or ()):
+        return f"meta['val'] says {dtype(node)} {shape(node)}, {node.target} gives {made.dtype} {tuple(made.shape)}"
+    return None
+
+
+def _is_static(x: torch.Tensor) -> bool:
+    return all(isinstance(d, int) for d in x.shape)
 
 
 def _known_target(node: fx.Node, facts: _Facts) -> str | None:
@@ -180,6 +210,7 @@ _COMMON: tuple[tuple[str, Check], ...] = (
     ("known operators only", _known_target),
     ("functional", _functional),
     ("annotations are JSON", _annotations),
+    ("fake values are those of the operators", _call_val),
 )
 
 
@@ -299,6 +330,9 @@ def _carrier(node: fx.Node, facts: _Facts) -> str | None:
         source = source.all_input_nodes[0]  # views, permutations and copies of codes
     if is_quantize(source) and get_qtype(_args(source)[4]) != qtype:
         return f"codes were made as {_args(source)[4]} and are read as {_args(node)[4]}"
+    if is_quantize(source) and (_args(source)[2] is None) != (_args(node)[2] is None):
+        words = ("without", "with") if _args(source)[2] is None else ("with", "without")
+        return f"codes were made {words[0]} a zero point and are read {words[1]} one"
     if is_unpack(source) and get_qtype(_args(source)[1]) != qtype:
         return f"codes were packed as {_args(source)[1]} and are read as {_args(node)[4]}"
     if source.op == "get_attr" and source.target in facts.mutated:
@@ -362,5 +396,5 @@ _RULES: dict[str, tuple[tuple[str, Check], ...]] = {
         *_ANNOTATED,
     ),
     "qdq": (*_COMMON, ("no submodules", _no_modules), *_QDQ),
-    "lowered": (*_COMMON[:3], _COMMON[4], ("no observers", _no_observers), *_QDQ),
+    "lowered": (*_COMMON[:3], *_COMMON[4:], ("no observers", _no_observers), *_QDQ),
 }

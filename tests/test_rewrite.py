@@ -241,3 +241,20 @@ def test_getitem_roots() -> None:
     output = P(operator.getitem, Any("x"), Const(name="i"))
     seen = Rule("seen", output, to_value("x"), check=lambda m: f"output {m['i']}")
     assert [m.reason for m in apply_rules(gm, [seen]).misses] == ["getitem: output 0"]
+
+
+def test_a_rule_may_go_on_for_long_as_long_as_it_ends() -> None:
+    """x**n = x * x**(n - 1), three hundred times in a row in a graph of three nodes."""
+
+    def unroll(gm: fx.GraphModule, m: Match) -> None:
+        n = m.root.args[1]
+        new = m["x"]
+        if n > 1:
+            rest = g.insert_call(gm, aten.pow.Tensor_Scalar, (m["x"], n - 1), before=m.root, like=m.root)
+            new = g.insert_call(gm, aten.mul.Tensor, (m["x"], rest), before=m.root, like=m.root)
+        g.replace_uses(m.root, new)
+
+    gm = trace(lambda self, x: x**300)
+    report = apply_rules(gm, [Rule("unroll", P(aten.pow.Tensor_Scalar, Any("x"), Const(name="n")), unroll)])
+    assert report.applied["unroll"] == 300
+    assert len(gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)) == 299

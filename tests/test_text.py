@@ -121,3 +121,16 @@ def test_text_is_the_same_in_the_next_capture() -> None:
 def test_dtype_names() -> None:
     assert dtype_name(torch.bfloat16) == "bf16" and dtype_name(torch.float8_e4m3fn) == "f8e4m3"
     assert dtype_name(torch.quint8) == "quint8"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.bool])
+def test_tensors_without_entries_have_a_digest(dtype: torch.dtype) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("nothing", torch.zeros(0, 3, dtype=dtype))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, self.nothing.to(x.dtype)])
+
+    assert "nothing" in to_text(capture(Model(), (torch.randn(2, 3),)), tensors=True)

@@ -116,6 +116,16 @@ def wrong_val(gm: fx.GraphModule) -> None:
     gm.fc.bias = nn.Parameter(torch.zeros(4))
 
 
+def wrong_shape(gm: fx.GraphModule) -> None:
+    relu = call(gm, aten.relu.default)
+    relu.meta["val"] = relu.meta["val"].new_empty(2, 5)
+
+
+def wrong_dtype(gm: fx.GraphModule) -> None:
+    linear = call(gm, aten.linear.default)
+    linear.meta["val"] = linear.meta["val"].double()
+
+
 def method(gm: fx.GraphModule) -> None:
     relu = call(gm, aten.relu.default)
     with gm.graph.inserting_after(relu):
@@ -154,6 +164,8 @@ def object_annotation(gm: fx.GraphModule) -> None:
     [
         (drop_val, "no meta['val']"),
         (wrong_val, "the tensor is torch.float32 (4,)"),
+        (wrong_shape, "says torch.float32 (2, 5), aten.relu.default gives torch.float32 (2, 3)"),
+        (wrong_dtype, "says torch.float64 (2, 3), aten.linear.default gives torch.float32 (2, 3)"),
         (method, "methods are not part"),
         (python_function, "not an operator overload"),
         (region, "regions must be written out"),
@@ -338,6 +350,9 @@ def packed(qtype: str) -> Callable[[fx.GraphModule], None]:
         qdq_edit(quantize_seen, "input seen is written to by the graph"),
         qdq_edit(set_arg(DEQUANTIZE, 4, "uint8"), "codes of uint8 are torch.uint8"),
         qdq_edit(set_arg(DEQUANTIZE, 4, "uint7", 1), "codes were made as uint8 and are read as uint7"),
+        qdq_edit(set_arg(DEQUANTIZE, 4, "int88"), "unknown qtype 'int88'"),
+        qdq_edit(set_arg(QUANTIZE, 2, None), "made without a zero point and are read with one"),
+        qdq_edit(set_arg(DEQUANTIZE, 2, None, 1), "made with a zero point and are read without one"),
         qdq_edit(codes_from_arithmetic, "not from quantize or an attribute"),
         qdq_edit(packed("int3"), "codes were packed as int4 and are read as int3"),
         qdq_edit(set_arg(QUANTIZE, 3, [1, -1]), "block [1, -1] of [2, 4] needs [2, 1]"),
@@ -357,6 +372,20 @@ def test_codes_may_be_moved_and_unpacked(gm: fx.GraphModule, change: Callable) -
     add_qdq(gm)
     change(gm)
     verify(gm)
+
+
+def test_arguments_by_name(gm: fx.GraphModule) -> None:
+    """Our operators may be called with keywords; the rules see the same arguments."""
+    add_qdq(gm)
+    for target in (QUANTIZE, DEQUANTIZE):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            names = [a.name for a in target._schema.arguments]
+            node.kwargs = {**dict(zip(names[1:], node.args[1:], strict=False)), **node.kwargs}
+            node.args = node.args[:1]
+    verify(gm)
+    node = call(gm, QUANTIZE)
+    node.kwargs = {**node.kwargs, "block": [1, -1]}
+    broken(gm, "block [1, -1] of [2, 4] needs [2, 1]", "qdq")
 
 
 def test_formats_without_zero_point(gm: fx.GraphModule) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from inc_graph.batches import one_batch_a_call
 from inc_graph.calibrate import Observer
 from inc_graph.capture import capture
 from inc_graph.errors import CaptureError, ConfigError, IncWarning
@@ -143,6 +144,7 @@ def _prepare_graph(model: fx.GraphModule, recipe: Recipe, inplace: bool) -> fx.G
     operators = [n for n in model.graph.nodes if pattern_of(n) is not None]
     warn_prefixes(recipe, filter(None, map(module_path, operators)), stacklevel=5)
     remember_buffers(result.graph)
+    one_batch_a_call(result.graph)
     result.graph.meta["inc"]["bytes_before"] = attribute_bytes(model)
     result.graph.meta["inc"]["timings"] = [list(t) for t in result.timings]
     return adopt(model, result.graph) if inplace else result.graph

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from inc_graph.batches import no_batches
 from inc_graph.calibrate import Observer
 from inc_graph.capture import own_mutated
 from inc_graph.errors import CalibrationError
@@ -38,6 +39,7 @@ def no_data() -> CalibrationError:
 def _fresh(observed: fx.GraphModule) -> fx.GraphModule:
     """A copy whose written buffers are its own, and as they were before calibration ran."""
     gm = clone(observed)
+    no_batches(gm)
     own_mutated(gm)
     for path, value in gm.meta.pop(INITIAL, {}).items():
         get_tensor(gm, path).copy_(value)

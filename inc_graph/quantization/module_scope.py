@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from inc_graph.batches import no_batches, one_batch_a_call
 from inc_graph.errors import CaptureError, ConfigError, IncWarning, UnusedRuleWarning
 from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
@@ -72,6 +73,7 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
         model = _put(model, paths, new)
     facts.flags = _call_every_layer(model)
     model.__dict__[_MARK] = facts
+    one_batch_a_call(model)
     return model
 
 
@@ -190,6 +192,7 @@ def leaves(model: nn.Module) -> dict[Leaf, list[str]]:
 def undo(model: nn.Module) -> nn.Module:
     """Put the float layers back: the model as it was before `prepare`."""
     facts: _Facts = model.__dict__.pop(_MARK)
+    no_batches(model)
     for leaf, paths in leaves(model).items():
         model = _put(model, paths, leaf.original)
     for module, name, value in facts.flags:
@@ -249,6 +252,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
             memo[id(leaf)] = copy.deepcopy(module, memo) if module is leaf.original else module
         model = copy.deepcopy(model, memo)
     model.__dict__.pop(_MARK, None)
+    no_batches(model)
     report.timings = list(timings.items())
     report.bytes_after = attribute_bytes(model)
     model.__dict__["report" if not hasattr(model, "report") else "quantization_report"] = report

@@ -28,6 +28,7 @@ class MSE(RangeEstimator):
     """
 
     name: ClassVar[str] = "mse"
+    batches: ClassVar[bool] = False
 
     def init(self, qspec: QSpec, ndim: int) -> State:
         return {**super().init(qspec, ndim), "values": torch.zeros(1, 0)}
