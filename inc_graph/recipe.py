@@ -24,9 +24,9 @@ from inc_graph.oppattern import OpPattern
 from inc_graph.registry import PATTERNS
 from inc_graph.spec import QSpec
 
-__all__ = ["KINDS", "OpQuant", "Recipe", "Where", "WhereRule", "get_recipe", "set_recipe"]
+__all__ = ["KINDS", "OpQuant", "Recipe", "Where", "WhereRule", "get_recipe", "operator_name", "set_recipe"]
 
-KINDS = ("all", "type", "name")  # from the least to the most specific
+KINDS = ("all", "type", "implied", "predicate", "name")  # from the least to the most specific
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,59 @@ class Where:
     """Which operators a rule speaks of.
 
     Attributes:
-        kind: "all", "type" (operator type, module class) or "name" (see the head of this file).
-        value: The type's name or the regex; '' for "all".
+        kind: "all", "type" (operator type, module class), "name" (see the head of this file), "implied" (a name too,
+            that a config implies and the user has not said), "predicate".
+        value: The type's name, the regex, or what messages call the predicate; '' for "all".
+        members: What a predicate took: module paths, and names of function calls. `None` until it was asked.
     """
 
     kind: str = "all"
     value: str = ""
+    members: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"Where.kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
-        if self.kind == "name":
+        if self.kind in ("name", "implied"):
             try:
                 re.compile(self.value)
             except re.error as e:
                 raise ConfigError(f"{self.value!r} is not a regular expression: {e}") from e
 
+    def rank(self, node: fx.Node, pattern: OpPattern) -> float | None:
+        """How specific this is for an operator, None if it is not meant."""
+        base = float(KINDS.index(self.kind))
+        if self.kind == "all":
+            return base
+        if self.kind == "type":
+            return base if self.value in type_names(node, pattern) else None
+        path = module_path(node)
+        own_name = operator_name(node, pattern)
+        if self.kind == "predicate":
+            return base if own_name in (self.members or ()) else None
+        if re.fullmatch(self.value, path) is not None or self.value == own_name:
+            return base + 0.5
+        if re.match(self.value, path) is not None:
+            return base
+        # neural_compressor takes the name of a class for the class
+        return 1.0 if self.value[:1].isupper() and self.value in type_names(node, pattern) else None
+
     def matches(self, node: fx.Node, pattern: OpPattern) -> bool:
         """Whether this operator is meant."""
-        if self.kind == "all":
-            return True
-        if self.kind == "type":
-            return self.value in type_names(node, pattern)
-        if re.match(self.value, module_path(node)) is not None:
-            return True
-        return self.value == node.name and module_type(node) not in _type_names(pattern, node.target, None, None)
+        return self.rank(node, pattern) is not None
+
+    def to_json(self) -> dict[str, Any]:
+        members = None if self.members is None else list(self.members)
+        return {"kind": self.kind, "value": self.value, "members": members}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Where:
+        _same_keys(data, cls)
+        _need(isinstance(data["value"], str), cls, "value", data["value"])
+        members = data["members"]
+        good = members is None or (isinstance(members, list) and all(isinstance(m, str) for m in members))
+        _need(good, cls, "members", members)
+        return cls(data["kind"], data["value"], None if members is None else tuple(members))
 
     def __str__(self) -> str:
         return self.kind if self.kind == "all" else f"{self.kind} {self.value!r}"
@@ -110,17 +138,14 @@ class WhereRule:
     origin: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        where = {"kind": self.where.kind, "value": self.where.value}
-        return {"where": where, "what": self.what and self.what.to_json(), "origin": self.origin}
+        return {"where": self.where.to_json(), "what": self.what and self.what.to_json(), "origin": self.origin}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WhereRule:
         _same_keys(data, cls)
-        _same_keys(data["where"], Where)
-        _need(isinstance(data["where"]["value"], str), Where, "value", data["where"]["value"])
         _need(isinstance(data["origin"], str), cls, "origin", data["origin"])
         what = None if data["what"] is None else OpQuant.from_json(data["what"])
-        return cls(Where(**data["where"]), what, data["origin"])
+        return cls(Where.from_json(data["where"]), what, data["origin"])
 
     def __str__(self) -> str:
         what = self.what
@@ -156,11 +181,10 @@ class Recipe:
 
     def resolve(self, node: fx.Node, pattern: OpPattern) -> tuple[int, WhereRule] | None:
         """The rule for `node` and its index, or None if no rule speaks of it."""
-        best: tuple[int, int] | None = None
+        best: tuple[float, int] | None = None
         for i, rule in enumerate(self.rules):
-            rank = (KINDS.index(rule.where.kind), i)
-            if (best is None or rank > best) and rule.where.matches(node, pattern):
-                best = rank
+            if (rank := rule.where.rank(node, pattern)) is not None and (best is None or (rank, i) > best):
+                best = (rank, i)
         return None if best is None else (best[1], self.rules[best[1]])
 
     def to_json(self) -> dict[str, Any]:
@@ -191,6 +215,12 @@ class Recipe:
 
     def __str__(self) -> str:
         return "\n".join([f"{self.method} for {self.backend}:", *(f"  {i}. {r}" for i, r in enumerate(self.rules))])
+
+
+def operator_name(node: fx.Node, pattern: OpPattern) -> str:
+    """The path of the module that is this operator; of a function call, its name in the graph."""
+    own = module_type(node) in _type_names(pattern, node.target, None, None)
+    return module_path(node) if own else node.name
 
 
 def type_names(node: fx.Node, pattern: OpPattern) -> frozenset[str]:

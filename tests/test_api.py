@@ -382,7 +382,10 @@ def test_the_most_specific_setting_wins_and_among_equals_the_last(model: nn.Modu
     }  # fmt: skip
     config = StaticQuantConfig(white_list=["fc2"])
     assert [k for k, v in kinds(convert(calibrated(model, data, config))).items() if v == "kernels"] == ["fc2"]
-    config = StaticQuantConfig().set_local("fc2", FLOAT).set_local("fc", StaticQuantConfig(act_algo="kl"))
+    kl = StaticQuantConfig(act_algo="kl")
+    config = StaticQuantConfig().set_local("fc2", FLOAT).set_local("fc", kl)  # the whole path before its start
+    assert kinds(convert(calibrated(model, data, config)))["fc2"] == "floats"
+    config = StaticQuantConfig().set_local("f", FLOAT).set_local("fc", kl)
     prepared = calibrated(model, data, config)
     assert kinds(convert(prepared))["fc2"] == "kernels"
     assert {m.estimator.name for m in prepared.modules() if isinstance(m, Observer)} == {"kl"}

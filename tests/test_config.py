@@ -50,11 +50,9 @@ def test_configs_are_values() -> None:
     )
     assert a.to_dict()["global"]["act_algo"] == "kl" and a.to_dict()["local"]["head"]["w_dtype"] == "fp32"
     assert a.local_config == {"head": StaticQuantConfig(w_dtype="fp32")}
-    assert repr(a) == "INT8StaticQuantConfig(act_algo='kl') with 1 local settings"
-    assert (
-        StaticQuantConfig().to_dict() == StaticQuantConfig().get_params_dict()
-        and "local" not in StaticQuantConfig().to_dict()
-    )
+    assert repr(a) == "INT8StaticQuantConfig(act_algo='kl').set_local('head', INT8StaticQuantConfig(w_dtype='fp32'))"
+    assert "local" not in StaticQuantConfig().to_dict() and "reduce_range" not in StaticQuantConfig().to_dict()
+    assert StaticQuantConfig(reduce_range=True).to_dict()["reduce_range"] is True
     one, two = StaticQuantConfig(), StaticQuantConfig()
     one.excluded_precisions.append("bf16")
     assert two.excluded_precisions == [] and StaticQuantConfig().excluded_precisions == []
@@ -86,8 +84,8 @@ def test_configs_are_values() -> None:
         ({"bias_correction": "yes"}, "bias_correction must be True or False"),
         ({"excluded_precisions": "bf16"}, "excluded_precisions must be a list of precisions"),
         ({"white_list": "Linear"}, r"white_list must be '\*' or a list"),
-        ({"white_list": [3]}, "expected a module name, a module class or a function, not 3"),
-        ({"fp8_config": "E4M3"}, "FP8 method is not in this version"),
+        ({"white_list": [3]}, "expected a module name, a module class, a function or a predicate, not 3"),
+        ({"fp8_config": "E3M4"}, "FP8Config.fp8_config must be one of 'E4M3', 'E5M2', not 'E3M4'"),
     ],
 )
 def test_unknown_fields_and_values(values: dict[str, Any], message: str) -> None:

@@ -67,7 +67,7 @@ GOOD = recipe(name("a", OpQuant(QSpec("uint8", "asymmetric"), QSpec("int8")))).t
         (("rules",), "all", "Recipe.rules cannot be 'all'"),
         (("supported",), "conv2d", "Recipe.supported cannot be 'conv2d'"),
         (("more",), 1, "Recipe has the fields"),
-        (("rules", 1, "where", "kind"), "module", "Where.kind must be one of all, type, name"),
+        (("rules", 1, "where", "kind"), "module", "Where.kind must be one of all, type, implied, predicate, name"),
         (("rules", 1, "where", "value"), None, "Where.value cannot be None"),
         (("rules", 1, "where", "value"), "(", "not a regular expression"),
         (("rules", 1, "origin"), [], "WhereRule.origin cannot be"),
@@ -104,7 +104,7 @@ def test_text() -> None:
     shown = str(recipe(name("a"), kind("linear", OpQuant(None, QSpec("int8")))))
     assert "0. all -> activation uint8 asymmetric per_tensor, weight int8" in shown
     assert "1. name 'a' -> float" in shown and "2. type 'linear' -> weight int8 symmetric per_tensor" in shown
-    assert KINDS == ("all", "type", "name")
+    assert KINDS == ("all", "type", "implied", "predicate", "name")
 
 
 def test_names_of_types() -> None:

@@ -118,7 +118,7 @@ class BaseConfig:
             if spec.candidates(value):
                 value = [spec.convert(v) for v in value]
             elif (expected := spec.check(value)) is not None:
-                near = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", expected), 1)
+                near = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", expected), 1, 0.5)
                 message = f"{type(self).__name__}.{key} must be {expected}, not {value!r}"
                 raise ConfigError(message, hint=f"did you mean {near[0]!r}?" if near else None)
             else:

@@ -443,6 +443,8 @@ def test_weights_that_cannot_be(weight: Tensor, reason: str) -> None:
     gm.w = nn.Parameter(weight)
     node = next(iter(gm.graph.find_nodes(op="get_attr")))
     node.meta["val"] = node.meta["val"].new_empty(weight.shape)
+    (layer,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    layer.meta["val"] = layer.meta["val"].new_empty(*layer.meta["val"].shape[:-1], len(weight))
     set_recipe(gm, recipe())
     run(gm, "annotate")
     assert reason in why_float(gm, "linear")
@@ -618,7 +620,7 @@ def test_two_patterns_for_one_operator_are_an_error_every_time() -> None:
 
 
 def test_where_needs_a_kind_and_a_regular_expression() -> None:
-    with pytest.raises(ConfigError, match="one of all, type, name"):
+    with pytest.raises(ConfigError, match="one of all, type, implied, predicate, name"):
         Where("module", "a")
     with pytest.raises(ConfigError, match="not a regular expression"):
         Where("name", "a(")
