@@ -105,7 +105,7 @@ def test_a_file_keeps_everything(tmp_path: Path) -> None:
         back = type(config).from_json_file(tmp_path / name)
         assert back == config and back.to_json_string() == config.to_json_string()
     assert sorted(p.name for p in tmp_path.iterdir()) == CLASSES
-    with pytest.raises(ConfigError, match="missing.json"):
+    with pytest.raises(ConfigError, match=r"missing.json"):
         c.RTNConfig.from_json_file(tmp_path / "missing.json")
     (tmp_path / "broken").write_text("{")
     with pytest.raises(ConfigError, match="broken: RTNConfig: not JSON"):

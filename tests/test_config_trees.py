@@ -21,7 +21,7 @@ from inc_graph.quantization.fields import Field
 from inc_graph.quantization.mapping import config_mapping
 from inc_graph.recipe import names_of_type
 
-CLASSES = [kind for kind in c.get_all_registered_configs().values()]
+CLASSES = list(c.get_all_registered_configs().values())
 
 
 def is_first(operator: OperatorInfo) -> bool:
@@ -165,7 +165,7 @@ def test_the_head_of_a_language_model_stays_float_unless_asked_for() -> None:
 
 
 def test_what_cannot_be_written_down_is_said() -> None:
-    with pytest.raises(ConfigError, match="lambda.* cannot be written down"):
+    with pytest.raises(ConfigError, match=r"lambda.* cannot be written down"):
         c.RTNConfig().set_local(lambda operator: True, c.RTNConfig()).to_json_string()
 
     class Local(nn.Module):
@@ -195,7 +195,7 @@ def test_what_cannot_be_written_down_is_said() -> None:
         (c.GPTQConfig, {"percdamp": float("nan")}, "percdamp must be a number from 0 to 1"),
         (c.SmoothQuantConfig, {"alpha": "best"}, "alpha must be a number from 0 to 1 or one of 'auto', not 'best'"),
         (c.SmoothQuantConfig, {"alpha_min": 0.9, "alpha_max": 0.1}, "alpha_min 0.9 is above alpha_max 0.1"),
-        (c.SmoothQuantConfig, {"auto_alpha_args": {"alpha": 1}}, "auto_alpha_args must be .*a dictionary with the keys"),
+        (c.SmoothQuantConfig, {"auto_alpha_args": {"alpha": 1}}, "auto_alpha_args must .*a dictionary with the keys"),
         (c.MXQuantConfig, {"w_dtype": "fp5"}, "w_dtype must be one of"),
         (c.MixedPrecisionConfig, {"dtype": "float16"}, "dtype must be one of 'fp16', 'bf16', 'fp32'.*\n.*'fp16'"),
         (c.FP8Config, {"white_list": []}, "FP8Config has no field 'white_list'"),

@@ -190,7 +190,7 @@ def test_an_operator_pattern(load: Any) -> None:
 
 
 def test_a_range_estimator(load: Any) -> None:
-    with pytest.raises(ConfigError, match="must be a range estimator .*not 'shrunk_ext'"):
+    with pytest.raises(ConfigError, match=r"must be a range estimator .*not 'shrunk_ext'"):
         StaticQuantConfig(act_algo="shrunk_ext")
     load("algorithm")
     with pytest.raises(ConfigError, match="factor must be in"):

@@ -15,7 +15,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from torch import nn
 
@@ -38,7 +38,7 @@ class OperatorConfig(NamedTuple):
 
     config: BaseConfig
     operators: list[Any]
-    valid_func_list: list[Callable[..., Any]] = []
+    valid_func_list: Sequence[Callable[..., Any]] = ()
 
 
 class BaseConfig:
@@ -73,6 +73,10 @@ class BaseConfig:
     non_tunable_params: ClassVar[list[str]] = ["white_list"]
     needs_calibration: ClassVar[bool] = True
     _mark: ClassVar[dict[str, Any]] = {"_is_initialized": True}
+
+    if TYPE_CHECKING:  # the fields are in a table
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -325,7 +329,7 @@ class BaseConfig:
         return own or any(c.is_set() for c in self._local.values())
 
     def expand(self: C) -> list[C]:
-        """One config for each combination of candidates, the last field changing fastest; `[self]` if there are none."""
+        """One config for each combination of candidates, the last field changing fastest; one if there are none."""
         chosen = {k: v for k, v in self.get_params_dict().items() if self.fields[k].candidates(v)}
         found = []
         for values in itertools.product(*chosen.values()):
@@ -349,10 +353,10 @@ class BaseConfig:
 
         return {ProcessorType.Client: cls(**cls.on_client), ProcessorType.Server: cls()}
 
-    # ------------------------------------------------------------------------------------------------- what it speaks of
+    # ------------------------------------------------------------------------------------------------ what it speaks of
     @classmethod
     def register_supported_configs(cls) -> list[OperatorConfig]:
-        """Fill and return `supported_configs`: every legal value of every field that has only a few, for `operators`."""
+        """Fill and return `supported_configs`: all legal values of fields that have only a few, for `operators`."""
         ranges = {k: list(f.choices) for k, f in cls.fields.items() if f.tunable and len(f.choices) > 1}
         cls.supported_configs = [OperatorConfig(cls(**ranges), list(cls.operators))]
         return cls.supported_configs

@@ -67,7 +67,7 @@ class ComposableConfig(BaseConfig):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ComposableConfig) and self._configs == other._configs
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self._configs)) or "ComposableConfig([])"

@@ -170,18 +170,19 @@ _ALPHA = {
 
 @register_config(algo_name="smooth_quant")
 class SmoothQuantConfig(_Int8Config):
-    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers move from activations into weights, then static INT8."""
+    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers move from activations into weights; static INT8."""
 
     fields: ClassVar[dict[str, Field]] = {
         **_INT8,
         "excluded_precisions": _EXCLUDED,
-        "alpha": Field(0.5, either(a_number(0, 1), a_choice("auto")), 'How much of an outlier moves; "auto": searched.'),
+        "alpha": Field(0.5, either(a_number(0, 1), a_choice("auto")), 'How much of an outlier moves, or "auto".'),
         "folding": Field(False, a_bool, "Only scale where a producer can absorb it; False: multiply elsewhere."),
         "scale_sharing": Field(False, a_bool, "Layers with one input share a scale."),
         **_ALPHA,
         "auto_alpha_args": Field(None, either(a_choice(None), a_dict(*_ALPHA, "n_samples")),
                                  "The options of the search together; None: those above."),
     }  # fmt: skip
+    auto_alpha_args: Any
     tuning: ClassVar[dict[str, list[Any]]] = {
         "alpha": [round(0.1 * i, 1) for i in range(1, 10)],
         "folding": [True, False],

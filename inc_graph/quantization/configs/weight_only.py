@@ -133,7 +133,7 @@ class AWQConfig(WeightOnlyConfig):
         "use_auto_clip": _bool(True, "Search the clipping of each group."),
         "folding": _bool(False, "Only scale where a producer can absorb it; False: insert a multiplication elsewhere."),
         "white_list": Field("*"),
-        "absorb_layer_dict": Field({}, a_dict(), "Producer -> layers whose scale it absorbs; empty: found in the graph."),
+        "absorb_layer_dict": Field({}, a_dict(), "Producer -> layers whose scale it absorbs; empty: searched."),
     }  # fmt: skip
     tuning: ClassVar[dict[str, list[Any]]] = {"bits": [4, 6]}
 
@@ -228,7 +228,7 @@ class AutoRoundConfig(WeightOnlyConfig):
         "truncation": _bool(False, "Cut samples to `seqlen`."),
         **_HEAD,
         "enable_adam": _bool(False, "Train with Adam, not with the sign of the gradient."),
-        "target_bits": Field(None, a_number(1, 32, also=(None,)), "Mean bits of a weight; layers get one of `options`."),
+        "target_bits": Field(None, a_number(1, 32, also=(None,)), "Mean bits of a weight, by a choice of `options`."),
         "options": Field(("MXFP4", "MXFP8"), either(a_string, a_list(words="schemes")), "Schemes to choose from.",
                          tunable=False),
         "shared_layers": Field(None, either(a_choice(None), a_list(words="lists of layers")),
