@@ -81,7 +81,8 @@ def _collectors(model: nn.Module) -> list[Any]:
 
 def _batch_of(model: nn.Module) -> Batch | None:
     """Found anew each time: a copied model has copied observers, and their batch."""
-    return next((m.batch for m in model.modules() if isinstance(getattr(m, "batch", None), Batch)), None)
+    found = (getattr(m, "batch", None) for m in model.modules())
+    return next((b for b in found if isinstance(b, Batch)), None)
 
 
 def _install(model: nn.Module) -> None:

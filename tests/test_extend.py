@@ -186,11 +186,13 @@ def test_an_operator_pattern(load: Any) -> None:
     ]
     PATTERNS.remove("scaled_ext")
     q, _, _ = run(Scaled().eval(), StaticQuantConfig())
-    assert [(x.op, x.detail) for x in q.report.floats] == [("ext_test", "no quantization pattern for this operator")]
+    assert [(x.op, x.detail) for x in q.report.floats] == [
+        ("ext_test::scaled", "no quantization pattern for this operator")
+    ]
 
 
 def test_a_range_estimator(load: Any) -> None:
-    with pytest.raises(ConfigError, match="must be a range estimator .*not 'shrunk_ext'"):
+    with pytest.raises(ConfigError, match=r"must be a range estimator .*not 'shrunk_ext'"):
         StaticQuantConfig(act_algo="shrunk_ext")
     load("algorithm")
     with pytest.raises(ConfigError, match="factor must be in"):
