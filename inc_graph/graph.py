@@ -30,7 +30,8 @@ __all__ = [
     "LEVELS", "Fuel", "adopt", "clone", "copy_graph", "current_fuel", "current_pass", "dtype", "editing", "erase_dead",
     "fake_call", "get_attr", "get_level", "get_tensor", "inc_meta", "insert_call", "insert_get_attr", "insert_module",
     "is_contiguous", "is_float", "module_path", "module_type", "mutated_attrs", "peek_meta", "replace_uses",
-    "set_level", "set_module", "set_tensor", "shape", "storage_key", "take_fuel", "unique_name", "users_of", "val", "written_args",
+    "set_level", "set_module", "set_tensor", "shape", "storage_key", "take_fuel", "unique_name", "users_of", "val",
+    "written_args",
 ]  # fmt: skip
 
 LEVELS = ("float", "annotated", "observed", "qdq", "lowered")
