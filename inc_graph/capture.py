@@ -2,12 +2,15 @@
 
 Normal form
   * aten operators, functional; `linear`, `conv*`, `sdpa`, `layer_norm`, ... whole (`run_decompositions({})`);
+  * views of what has no fixed memory layout are `reshape` - see `layouts.py`;
   * autocast and grad-mode regions written out: autocast as explicit casts, so a flat walk sees every operator and each
     keeps the path of the module that made it (the exporter's own inlining loses it) - see `regions.py`;
   * no metadata assertions (they would pin dtypes), no guards module, no identity `detach`/`clone`;
   * parameters, buffers and constants are read with get_attr at their original paths and are the user's own tensors;
     only buffers that the graph writes to are private copies, so that running it leaves the user's model alone;
-  * input trees as in the model's `forward`; shapes are checked on each call against what was captured.
+  * what the graph writes to a buffer is detached: the graph is for inference, and buffers outlive a call;
+  * input trees as in the model's `forward`; shapes are checked on each call against what was captured - see
+    `inputs.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch.utils import _pytree as pytree
 from inc_graph.errors import CaptureError
 from inc_graph.graph import (
     clone,
+    dtype,
     erase_dead,
     fake_call,
     get_attr,
@@ -39,6 +43,9 @@ from inc_graph.graph import (
     storage_key,
     val,
 )
+from inc_graph.inputs import describe_inputs, watch_inputs
+from inc_graph.layouts import settle_views
+from inc_graph.quiet import quiet_torch
 from inc_graph.regions import inline_regions
 
 aten = torch.ops.aten
@@ -85,14 +92,19 @@ def capture(
     args, kwargs = _distinct(model, (args, dict(kwargs or {})))
     with _captured_as(model, training):
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            with quiet_torch():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             inline_regions(program)
             program = program.run_decompositions({})
             with_guards = "check_guards" in inspect.signature(program.module).parameters
             exported = program.module(check_guards=False) if with_guards else program.module()
         except Exception as error:
             raise _explain(model, error) from error
-    return _normalize(exported, program, training)
+    gm = _normalize(exported, training)
+    gm.meta["inc"]["inputs"] = describe_inputs(gm, program.range_constraints, model)
+    watch_inputs(gm)
+    gm._register_deepcopy_hook(watch_inputs)  # fx copies its own hooks only
+    return gm
 
 
 def _distinct(model: nn.Module, inputs: Any) -> Any:
@@ -130,7 +142,7 @@ def _captured_as(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------- normal form
-def _normalize(exported: fx.GraphModule, program: Any, training: bool) -> fx.GraphModule:
+def _normalize(exported: fx.GraphModule, training: bool) -> fx.GraphModule:
     gm = clone(exported)  # a plain GraphModule, without the exporter's hooks and overridden train()/eval()
     for key in ("train", "eval", "validate_inputs", "range_constraints", "shape_env"):
         gm.__dict__.pop(key, None)
@@ -143,13 +155,13 @@ def _normalize(exported: fx.GraphModule, program: Any, training: bool) -> fx.Gra
     _buffers_for_constants(gm)
     _tidy(gm, training)
     _complete_meta(gm)
+    settle_views(gm)
     if training:
         _read_copies(gm)
+    else:
+        write_values(gm)
     erase_dead(gm)
     own_mutated(gm)
-    gm.meta["inc"]["inputs"] = _describe_inputs(gm, program.range_constraints)
-    _watch_inputs(gm)
-    gm._register_deepcopy_hook(_watch_inputs)  # fx copies its own hooks only
     return gm
 
 
@@ -237,8 +249,21 @@ def _read_copies(gm: fx.GraphModule) -> None:
             replace_uses(node, insert_call(gm, aten.clone.default, (node,), before=readers[0]), readers)
 
 
+def write_values(gm: fx.GraphModule) -> None:
+    """Detach what buffers take: they outlive the call whose history it carries. Does nothing the second time."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        target, value = node.args[:2]
+        kind = dtype(value) if isinstance(value, fx.Node) and value.target is not aten.detach.default else None
+        if target.op == "get_attr" and kind is not None and (kind.is_floating_point or kind.is_complex):
+            new = insert_call(gm, aten.detach.default, (value,), before=node, like=value)
+            node.args = (target, new, *node.args[2:])
+
+
 def own_mutated(gm: fx.GraphModule) -> None:
-    """Give buffers the graph writes to (and tensors that alias them) memory of their own."""
+    """Give buffers the graph writes to (and tensors that alias them) memory of their own.
+
+    A parameter that the graph writes to is for inference: autograd allows no write to one that is trained.
+    """
     copies: dict[Any, torch.UntypedStorage] = {}
     for path in sorted(mutated_attrs(gm)):
         prefix, _, leaf = path.rpartition(".")
@@ -249,78 +274,9 @@ def own_mutated(gm: fx.GraphModule) -> None:
         new = torch.empty(0, dtype=old.dtype, device=old.device)
         new.set_(copies[key], old.storage_offset(), old.size(), old.stride())
         if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
+            owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
         else:
             owner._buffers[leaf] = new
-
-
-# ------------------------------------------------------------------------------------------------------ input check
-def _describe_inputs(gm: fx.GraphModule, ranges: Any) -> dict[str, Any]:
-    described: list[dict[str, Any]] = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = val(node)
-        if isinstance(value, torch.Tensor):
-            sizes = [d if isinstance(d, int) else str(d) for d in value.shape]
-            described.append({"name": node.name, "shape": sizes, "form": _form(value)})
-        elif value is None or isinstance(value, int | float | str | bool):
-            described.append({"name": node.name, "value": value})
-        else:
-            described.append({"name": node.name})
-    limits = {}
-    for symbol, bound in ranges.items():
-        ends = (bound.lower, bound.upper)  # sympy numbers; None stands for infinite
-        limits[str(symbol)] = [int(e) if getattr(e, "is_Integer", isinstance(e, int)) else None for e in ends]
-    return {"leaves": described, "ranges": limits}
-
-
-def _form(x: Any) -> str:
-    """dtype and layout of a tensor, such as "float32 strided"; the class of anything else."""
-    return f"{x.dtype} {x.layout}".replace("torch.", "") if isinstance(x, torch.Tensor) else type(x).__name__
-
-
-def _check_leaves(inputs: dict[str, Any], flat: list[Any]) -> None:
-    sizes: dict[str, int] = {}
-    for leaf, got in zip(inputs["leaves"], flat, strict=True):
-        if "value" in leaf and not isinstance(got, torch.Tensor) and got != leaf["value"]:
-            raise CaptureError(f"input {leaf['name']!r} was captured as the constant {leaf['value']!r}, got {got!r}")
-        if "shape" not in leaf:
-            continue
-        if _form(got) != leaf["form"]:
-            what = f"input {leaf['name']!r} is {_form(got)}, the model was captured for {leaf['form']}"
-            raise CaptureError(what, hint="convert the input, or capture the model again with inputs of this kind")
-        want, have = leaf["shape"], list(got.shape)
-        good = len(want) == len(have)
-        for w, h in zip(want, have, strict=False):
-            low, high = inputs["ranges"].get(w, (None, None)) if isinstance(w, str) else (w, w)
-            good &= (low is None or h >= low or low == 2) and (high is None or h <= high)
-            if isinstance(w, str) and w.isidentifier():
-                good &= sizes.setdefault(w, h) == h
-        if not good:
-            raise CaptureError(
-                f"input {leaf['name']!r} has shape {have}, the model was captured for {want}",
-                hint="capture it again with example inputs of this shape, or with dynamic_shapes for what changes",
-            )
-
-
-def _watch_inputs(gm: fx.GraphModule) -> None:
-    gm.register_forward_pre_hook(check_inputs, with_kwargs=True)
-
-
-def check_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: CaptureError if an input's shape is not one that the graph was captured for."""
-    if torch.compiler.is_compiling():  # the compiler has guards of its own
-        return
-    info = getattr(gm.graph._codegen, "pytree_info", None)
-    inputs = gm.meta.get("inc", {}).get("inputs")
-    if info is None or inputs is None:
-        return
-    names = list(info.orig_args)
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    if len(args) > len(names) or set(bound) != set(names):
-        return  # forward() itself says which argument is missing or unknown
-    flat = pytree.tree_leaves([bound[n] for n in names])  # positional ones first, then keywords as captured
-    if len(flat) == len(inputs["leaves"]):
-        _check_leaves(inputs, flat)
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

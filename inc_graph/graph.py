@@ -29,8 +29,9 @@ from inc_graph.errors import IncError
 __all__ = [
     "LEVELS", "Fuel", "adopt", "clone", "copy_graph", "current_fuel", "current_pass", "dtype", "editing", "erase_dead",
     "fake_call", "get_attr", "get_level", "get_tensor", "inc_meta", "insert_call", "insert_get_attr", "insert_module",
-    "is_float", "module_path", "module_type", "mutated_attrs", "peek_meta", "replace_uses", "set_level", "set_module",
-    "set_tensor", "shape", "storage_key", "take_fuel", "unique_name", "users_of", "val", "written_args",
+    "is_contiguous", "is_float", "module_path", "module_type", "mutated_attrs", "peek_meta", "replace_uses",
+    "set_level", "set_module", "set_tensor", "shape", "storage_key", "take_fuel", "unique_name", "users_of", "val",
+    "written_args",
 ]  # fmt: skip
 
 LEVELS = ("float", "annotated", "observed", "qdq", "lowered")
@@ -255,6 +256,13 @@ def mutated_attrs(gm: fx.GraphModule) -> set[str]:
     attrs = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
     tensors = ((name, get_attr(gm, name)) for name in attrs)
     return direct | {name for name, t in tensors if isinstance(t, torch.Tensor) and storage_key(t) in keys}
+
+
+def is_contiguous(x: Any) -> bool:
+    """Whether a fake value is a contiguous tensor: from its strides as text, since comparing symbols would guard."""
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        return False
+    return list(map(str, x.stride())) == list(map(str, x.new_empty(x.shape).stride()))
 
 
 # ----------------------------------------------------------------------------------------------------------- edits

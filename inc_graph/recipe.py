@@ -248,7 +248,10 @@ def _type_names(pattern: OpPattern, target: Any, inner: str | None, was: str | N
 def names_of_type(kind: Any) -> tuple[str, str]:
     """(short, qualified) name of a module class or function."""
     short = getattr(kind, "__name__", str(kind))
-    return short, f"{getattr(kind, '__module__', None) or 'torch'}.{getattr(kind, '__qualname__', short)}"
+    name = getattr(kind, "__qualname__", short)
+    if "<locals>" in name:  # torch makes its pooling functions in a function that gives them all one name
+        name = short
+    return short, f"{getattr(kind, '__module__', None) or 'torch'}.{name}"
 
 
 def _same_keys(data: Any, cls: type) -> None:

@@ -1,23 +1,29 @@
 """What became of a model: an object that prints as a table.
 
 Every operator of the model that computes is in one of three lists: in a quantized kernel, quantized but on the
-reference implementation, or float with the reason. Nothing is left out in silence.
+reference implementation, or float with the reason. Nothing is left out in silence. What has no line of its own:
+
+    activation functions    in the kernel of the layer before them, or computed with it on the reference
+    moves of data           on codes; or views, which cost nothing; or what moves constants, masks and positions. A move
+                            that copies float data (cat, flip, gather, max_pool) has a line
+    integers                what gives integers or booleans, or makes floats of nothing else
 """
 
 from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from inc_graph.graph import module_path, peek_meta
+from inc_graph.graph import get_attr, module_path, peek_meta
 from inc_graph.oppattern import pattern_of
 
-__all__ = ["OpLine", "Report", "attribute_bytes", "read_graph"]
+__all__ = ["OpLine", "Report", "attribute_bytes", "read_graph", "with_activations"]
 
 
 @dataclass(frozen=True)
@@ -103,40 +109,96 @@ def _grouped(lines: list[OpLine]) -> dict[tuple[str, str], list[OpLine]]:
     return groups
 
 
-_MOVES = ("split", "split_with_sizes", "unbind", "chunk", "tensor_split")  # several results, nothing computed
+_NO_PATTERN = "no quantization pattern for this operator"
+_MOVES = (  # several results, or the same numbers under another type: nothing computed
+    "split", "split_with_sizes", "unbind", "chunk", "tensor_split", "real", "imag", "view_as_real", "view_as_complex",
+)  # fmt: skip
 
 
 def read_graph(gm: fx.GraphModule) -> tuple[list[OpLine], list[OpLine]]:
     """(quantized, float) operators of an annotated or Q-DQ graph, from its annotations.
 
     An operator without annotations that computes on float values, and is no part of another one (a view, an
-    activation), is float too. What makes values of constants or integers only (masks, positions) is left out.
+    activation), is float too. What makes values of constants or integers only (masks, positions) is left out. Layers
+    inside of the branches of a control-flow operator (`torch.cond`) have a line each, named after their branch.
     """
     quantized, floats = [], []
     for node in gm.graph.nodes:
         notes, pattern = peek_meta(node), pattern_of(node)
-        op = notes.get("op") or (pattern.name if pattern else str(node.target).removeprefix("aten.").partition(".")[0])
-        line = OpLine(node.name, module_path(node), op, notes.get("float", ""))
-        if pattern is None and not (_computes(node) and op not in _MOVES):
-            continue
+        line = OpLine(node.name, module_path(node), notes.get("op") or _type_of(node), notes.get("float", ""))
+        if pattern is None or pattern.role == "activation":
+            if not _computes(node) or line.op in _MOVES:
+                continue
         if "op" in notes and "rule" in notes:
             quantized.append(line)
         elif line.detail or pattern is None:
-            floats.append(replace(line, detail=line.detail or "no quantization pattern for this operator"))
+            floats.append(replace(line, detail=line.detail or _NO_PATTERN))
+        floats += _inside(gm, node)
     return quantized, floats
 
 
+def with_activations(
+    floats: list[OpLine], gm: fx.GraphModule, lowered: fx.GraphModule, kernels: Collection[str]
+) -> list[OpLine]:
+    """The float operators of a Q-DQ graph, once it is known which activation functions went into kernels.
+
+    Args:
+        floats: As `read_graph(gm)` gives them.
+        gm, lowered: The Q-DQ graph, and what a backend made of it: a function that is gone there is in a kernel.
+        kernels: Names of the operators that run in quantized kernels. The function behind another operator is computed
+            with that one, on the reference.
+    """
+    left = {(n.name, n.target) for n in lowered.graph.nodes}
+    found = {n.name: n for n in gm.graph.nodes if (p := pattern_of(n)) is not None and p.role == "activation"}
+    gone = {name for name, node in found.items() if (name, node.target) not in left}
+    lines = [line for line in floats if line.name not in gone]
+    known = {line.name for line in lines}
+    for name, node in found.items():
+        source = node.args[0] if node.args else None
+        if name not in gone | known and isinstance(source, fx.Node) and source.name in kernels and _computes(node):
+            detail = "the kernel before it does not compute it"
+            lines.append(OpLine(name, module_path(node), _type_of(node), detail))
+    return lines
+
+
+def _type_of(node: fx.Node) -> str:
+    """The name of the operator's pattern; without one "relu" for aten operators, "library::name" for others."""
+    if (pattern := pattern_of(node)) is not None:
+        return pattern.name
+    schema = getattr(node.target, "_schema", None)
+    return str(node.target) if schema is None else str(schema.name).removeprefix("aten::")
+
+
+def _inside(gm: fx.GraphModule, node: fx.Node) -> Iterator[OpLine]:
+    """The layers in the graphs that `node` runs, as float operators."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return
+    name = str(node.target)
+    reason = f"inside of {'torch.' if hasattr(torch, name) else ''}{name}, whose branches are not quantized"
+    for read in node.all_input_nodes:
+        branch = get_attr(gm, str(read.target)) if read.op == "get_attr" else None
+        if not isinstance(branch, fx.GraphModule):
+            continue
+        for inner in branch.graph.nodes:
+            pattern = pattern_of(inner)
+            if pattern is not None and pattern.role in ("anchor", "opaque"):
+                yield OpLine(f"{read.target}.{inner.name}", module_path(inner), pattern.name, reason)
+            for line in _inside(branch, inner):
+                yield replace(line, name=f"{read.target}.{line.name}")
+
+
 def _computes(node: fx.Node) -> bool:
-    """Whether an operator of the model makes float values of float values that are not constants."""
+    """Whether an operator of the model makes float or complex values of such, and not of constants alone."""
     if node.op != "call_function" or getattr(node.target, "namespace", "inc") == "inc":
         return False
-    return _has_float(node) and any(_has_float(n) for n in node.all_input_nodes if n.op != "get_attr")
+    inputs = node.all_input_nodes
+    return _has_float(node) and any(map(_has_float, inputs)) and any(n.op != "get_attr" for n in inputs)
 
 
 def _has_float(node: fx.Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
 
 
 def attribute_bytes(gm: nn.Module) -> int:

@@ -21,13 +21,13 @@ def quantize_codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype)
 
     Rounds as the reference does but for exact ties: torch's kernel rounds `x / scale + zero_point`, the reference
     `x / scale` (and then adds), so with an odd zero point a value half-way between two codes may get the other one. NaN
-    has no code: it saturates, at either end.
+    saturates like +inf, which is what torch's kernel makes of it: finding it first would cost half as much again.
     """
     plain = type(x) in (Tensor, torch.nn.Parameter)  # not fake: before torch 2.9 the kernel below has no fake form
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not plain:
         info = torch.iinfo(dtype)
-        codes = torch.round(x.float() * (1.0 / scale)) + zero_point
-        return torch.clamp(codes, info.min, info.max).to(dtype)
+        codes = torch.clamp(torch.round(x.float() * (1.0 / scale)) + zero_point, min=info.min)
+        return torch.fmin(codes, codes.new_full((), info.max)).to(dtype)  # of NaN and a number it is the number
     x = x.float()
     if _wraps():
         x = x.clamp(-(2.0**20) * scale, 2.0**20 * scale)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from inc_graph.graph import get_tensor, val
+from inc_graph.lowering._packed import PackedWeight
 from inc_graph.lowering.base import Context
 from inc_graph.oppattern import argument
 from inc_graph.ops import is_dequantize
@@ -50,6 +51,7 @@ class OneDnnContext(Context):
 
     numbers: dict[fx.Node, QParams | None] = field(default_factory=dict)
     promised: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # layer call -> value it took the place of
+    weights: dict[Any, PackedWeight] = field(default_factory=dict)  # packed by now: what tells them apart -> weight
 
     def qparams(self, node: fx.Node) -> QParams | None:
         """Of a quantize or dequantize node, if it is static and per tensor in an 8-bit integer format."""
@@ -74,11 +76,16 @@ class OneDnnContext(Context):
 
 @dataclass(frozen=True)
 class Weight:
-    """A quantized constant: codes int8, one float32 scale per output channel, and the attribute that held the codes."""
+    """A quantized constant: codes int8, one float32 scale per output channel, and the attributes that held the two.
+
+    `asymmetric`: whether some layer that reads it has an input with another zero point than 0.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
     attr: str
+    scale_attr: str
+    asymmetric: bool = True
 
 
 def weight_of(c: OneDnnContext, layer: fx.Node, axis: int) -> Weight | str:
@@ -98,7 +105,11 @@ def weight_of(c: OneDnnContext, layer: fx.Node, axis: int) -> Weight | str:
     q, s = get_tensor(c.gm, codes), get_tensor(c.gm, scale).reshape(-1)
     if q.device.type != "cpu":
         return f"its weight is on {q.device}; the kernel runs on the CPU"
-    return Weight(q, s.float().expand(q.shape[axis]).contiguous(), str(codes.target))
+    inputs = [argument(user, 0) for read in codes.users for user in read.users]
+    found = [c.qparams(x) for x in inputs if isinstance(x, fx.Node) and is_dequantize(x)]
+    asymmetric = any(p is not None and (p.zero_point != 0 or p.dtype != torch.uint8) for p in found)
+    scales = s.float().expand(q.shape[axis]).contiguous()
+    return Weight(q, scales, str(codes.target), str(scale.target), asymmetric)
 
 
 def bias_of(c: OneDnnContext, layer: fx.Node) -> torch.Tensor | str | None:

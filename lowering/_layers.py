@@ -15,7 +15,8 @@ from inc_graph.lowering._codes import codes_to_unsigned, spread
 from inc_graph.lowering._context import OneDnnContext, QParams, Weight, bias_of, typical_shape, weight_of
 from inc_graph.lowering._forms import Form, Sides, can_absorb, form_of, too_many_groups
 from inc_graph.lowering._fusion import LINEAR, TRANSPOSED, owned, tail_of
-from inc_graph.lowering._onednn import Geometry, Int8Layer
+from inc_graph.lowering._onednn import Int8Layer
+from inc_graph.lowering._packed import Geometry, PackedWeight
 from inc_graph.oppattern import argument
 from inc_graph.ops import is_dequantize
 from inc_graph.pattern import Match
@@ -27,12 +28,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Plan:
-    """A layer as the kernel will get it. `restore` makes the graph's weight of the layer's codes again."""
+    """A layer as the kernel will get it. `restore` makes the graph's weight of the layer's codes again.
+
+    `form`: how the layer's codes were made of the weight; equal for layers that can share them.
+    """
 
     x: fx.Node
     p: QParams
     weight: Weight
     bias: torch.Tensor | None
+    form: tuple[Any, ...] = ()
     restore: Callable[[torch.Tensor], torch.Tensor] = lambda w: w
 
 
@@ -49,7 +54,8 @@ def check_layer(c: OneDnnContext, found: Match) -> str | None:
     if node.target in TRANSPOSED:
         return "grouped transposed convolution" if argument(node, 6) != 1 else None
     if too_many_groups(plan.weight.codes, argument(node, 6)):
-        return "a depthwise convolution of a kind that oneDNN's kernels get wrong, of too many groups to merge them"
+        kind = "a depthwise convolution of a kind that oneDNN's kernels get wrong"
+        return f"{kind}: its groups cannot be merged, or only into a weight larger than in float32"
     return None
 
 
@@ -106,6 +112,7 @@ def _formed(c: OneDnnContext, node: fx.Node, plan: _Plan, form: Form) -> tuple[_
     if form.pad:
         x = insert_call(c.gm, aten.constant_pad_nd.default, (x, form.pad, plan.p.zero_point), before=node)
     weight, inner = replace(plan.weight, codes=form.codes), form.restore
+    plan = replace(plan, form=(node.target in TRANSPOSED, *form.key))
     return replace(plan, x=x, weight=weight, restore=lambda w: before(inner(w))), form.geometry
 
 
@@ -139,9 +146,9 @@ def _spread_out(c: OneDnnContext, node: fx.Node, plan: _Plan) -> tuple[_Plan, Ge
 def _emit(c: OneDnnContext, node: fx.Node, plan: _Plan, geometry: Geometry | None) -> None:
     """Build the layer with what fuses behind `node` and put its call in their place."""
     gm, tail = c.gm, tail_of(c, node)
+    weight, new = _packed(c, plan, geometry)
     layer = Int8Layer(
-        plan.weight.codes,
-        plan.weight.scale,
+        weight,
         plan.bias,
         plan.p.scale,
         plan.p.zero_point,
@@ -149,7 +156,7 @@ def _emit(c: OneDnnContext, node: fx.Node, plan: _Plan, geometry: Geometry | Non
         tail.activation,
         tail.output,
         tail.other,
-        typical_shape(plan.x),
+        counted=new,
     )
     form = tail.other.form if tail.other else ""
     operand, place = tail.operand, tail.place
@@ -171,9 +178,20 @@ def _emit(c: OneDnnContext, node: fx.Node, plan: _Plan, geometry: Geometry | Non
         call = insert_call(gm, aten._to_copy.default, (call,), {"dtype": dtype}, after=call)
     replace_uses(result, call)
     restore = plan.restore  # not the plan: its codes must not live on beside the packed ones
-    c.packed[plan.weight.attr] = lambda: restore(layer.codes()).contiguous()
+    c.packed.setdefault(plan.weight.attr, lambda: restore(weight.codes()).contiguous())
     if tail.other is not None:
         c.absorbed[place.name] = node.name
+
+
+def _packed(c: OneDnnContext, plan: _Plan, geometry: Geometry | None) -> tuple[PackedWeight, bool]:
+    """The plan's weight, and whether no layer before has packed it."""
+    weight = plan.weight
+    key = (weight.attr, weight.scale_attr, geometry is None, plan.form)
+    if (known := c.weights.get(key)) is not None:
+        return known, False
+    shape = typical_shape(plan.x)
+    c.weights[key] = new = PackedWeight(weight.codes, weight.scale, shape, geometry, weight.asymmetric)
+    return new, True
 
 
 # --------------------------------------------------------------------------------------------- int8 codes as uint8

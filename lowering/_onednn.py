@@ -12,7 +12,6 @@ convolution of one dimension runs as one of two, [N, C, 1, L], for which the ker
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 from inc_graph.errors import LoweringError
+from inc_graph.lowering._packed import Geometry, PackedWeight
 
-__all__ = ["HAS_OPAQUE", "Activation", "Geometry", "Int8Layer", "NotPickled", "Other", "Output",
+__all__ = ["HAS_OPAQUE", "Activation", "Int8Layer", "NotPickled", "Other", "Output",
            "define", "int8_layer", "int8_layer_add", "int8_layer_sum", "real"]  # fmt: skip
 
 onednn = torch.ops.onednn
@@ -66,21 +66,6 @@ class Other:
     zero_point: int = 0
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Stride, padding and dilation of a convolution, one entry per space dimension; and its groups."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
-
-    def out(self, size: Sequence[Any], kernel: Sequence[int]) -> list[Any]:
-        """Output space of an input of space `size`."""
-        dims = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
-        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in dims]
-
-
 class NotPickled(LoweringError, pickle.PicklingError):
     """A packed layer was to be pickled. torch.compile tries, for its cache, and goes on without."""
 
@@ -98,13 +83,12 @@ class Int8Layer(OpaqueBase):
     """A quantized linear layer (geometry None) or convolution, ready to run.
 
     Args:
-        codes: int8 weight, [out, in] or [out, in / groups, *kernel].
-        w_scale: float32 [out].
+        weight: Packed; other layers may share it.
         bias: float32 [out] or None.
         x_scale, x_zero_point: of the input, uint8 (linear: or int8).
-        geometry: Of a convolution.
+        geometry: Of a convolution; its groups are those that the weight was packed for. Default: all as packed.
         activation, output, other: What is fused behind it.
-        x_shape: A typical input shape, which the packed layout is chosen for; None if not known.
+        counted: Whether `nbytes` counts the weight: False if another layer does.
 
     Raises:
         LoweringError: for a combination that the kernels would refuse when they run.
@@ -112,8 +96,7 @@ class Int8Layer(OpaqueBase):
 
     def __init__(
         self,
-        codes: Tensor,
-        w_scale: Tensor,
+        weight: PackedWeight,
         bias: Tensor | None,
         x_scale: float,
         x_zero_point: int,
@@ -121,34 +104,24 @@ class Int8Layer(OpaqueBase):
         activation: Activation = PLAIN,
         output: Output = FLOAT,
         other: Other | None = None,
-        x_shape: Sequence[int] | None = None,
+        counted: bool = True,
     ) -> None:
-        self.geometry, self.activation, self.output, self.other = geometry, activation, output, other
-        self.shape = tuple(codes.shape)
-        self.w_scale, self.bias = w_scale.contiguous(), bias
-        self.w_zero = torch.zeros(len(w_scale), dtype=torch.int32)
+        self.weight, self.geometry = weight, geometry or weight.geometry
+        self.activation, self.output, self.other = activation, output, other
+        self.shape, self.bias, self._counted = weight.shape, bias, counted
         self._check()
-        typical = list(x_shape) if x_shape else None
-        self._flat = geometry is not None and len(geometry.stride) == 1
-        space: tuple[Any, ...] = ()
-        if geometry is None:
-            self.packed = onednn.qlinear_prepack(codes.contiguous(), typical)
-        else:
-            g = geometry
-            if self._flat:
-                g = Geometry((1, *g.stride), (0, *g.padding), (1, *g.dilation), g.groups)
-                codes, typical = codes.unsqueeze(-2), typical and [*typical[:2], 1, *typical[2:]]
-            space = (list(g.stride), list(g.padding), list(g.dilation), g.groups)
-            self.packed = onednn.qconv_prepack(codes, self.w_scale, x_scale, x_zero_point, *space, typical)
+        space = () if self.geometry is None else self.geometry.arguments()
+        self._flat = self.geometry is not None and len(self.geometry.stride) == 1
         kernels = (onednn.qlinear_pointwise.default, onednn.qlinear_pointwise.binary)
-        if geometry is not None:
+        if self.geometry is not None:
             kernels = (onednn.qconv_pointwise.default, onednn.qconv2d_pointwise.binary)
         added = () if other is None else (other.scale, other.zero_point, other.form, 1.0)
         post = (activation.name, list(activation.scalars), activation.algorithm)
         self._kernel = kernels[other is not None]
         self._in_place = other is not None and other.form == "sum"
-        self._layout = torch.contiguous_format if geometry is None else torch.channels_last  # of the second operand
-        self._head = (x_scale, x_zero_point, self.packed, self.w_scale, self.w_zero)
+        linear = self.geometry is None
+        self._layout = torch.contiguous_format if linear else torch.channels_last  # of the second operand
+        self._head = (x_scale, x_zero_point, weight.tensor, weight.scale, weight.zero)
         self._rest = (bias, *space, output.scale, output.zero_point, output.dtype, *added, *post)
 
     def _check(self) -> None:
@@ -192,15 +165,10 @@ class Int8Layer(OpaqueBase):
         return last.permute(0, -1, *range(1, len(shape) - 1))
 
     # ----------------------------------------------------------------------------------------------------- storage
-    def codes(self) -> Tensor:
-        """The int8 weight, unpacked: the packed form is the only copy that is kept."""
-        dense = self.packed.to_dense()
-        return (dense.t() if self.geometry is None else dense.reshape(self.shape)).contiguous()
-
     def nbytes(self) -> int:
-        """Bytes of the weight as it is packed (padded to oneDNN's blocks), its scales and zero points, and the bias."""
-        tensors = (self.w_scale, self.w_zero, self.bias)
-        return torch.ops.mkldnn._nbytes(self.packed) + sum(t.nbytes for t in tensors if t is not None)
+        """Bytes of the bias, and of the packed weight unless another layer counts it."""
+        own = 0 if self.bias is None else self.bias.nbytes
+        return own + (self.weight.nbytes() if self._counted else 0)
 
     def __copy__(self) -> Int8Layer:
         return self  # immutable
@@ -211,7 +179,8 @@ class Int8Layer(OpaqueBase):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise NotPickled(
             "a layer that is packed for this machine's oneDNN cannot be pickled",
-            hint="keep the Q-DQ graph (`q_model.graph`) and lower it where it will run",
+            hint="torch.export.save(torch.export.export(q_model.graph, inputs), file) saves the Q-DQ graph; or keep "
+            "the float model and the calibration data",
         )
 
     def __repr__(self) -> str:

@@ -5,9 +5,12 @@ Which values carry data, which only parameters, and which neither (masks, positi
     data        depends on an input of the model that holds data (floats, or pixels and samples in 8 or 16 bits),
                 or is the result of a layer with a weight (an embedding of integers)
     parameter   depends on parameters, and on no data
-    neither     computed from 32- and 64-bit integers, booleans, sizes and buffers: a mask, a position, a table of sines
+    integers    depends on inputs in 32 or 64 bits or booleans, or on comparisons and indices, and on no data otherwise
+    neither     computed from sizes and buffers alone: a range of positions, a table of sines
 
-A value made from booleans or indices is a mask or a position, whatever these were computed from.
+Arithmetic does not tell integers that are data (pixels in 64 bits, one-hot features) from masks and positions; who
+reads them does. What a layer with a weight reads is data: its weight was learned for it. In products and sums of two
+values, integers are taken for a mask or a position. A rule that names an operator overrules all of this.
 """
 
 from __future__ import annotations
@@ -19,14 +22,14 @@ import torch
 from torch import fx, nn
 
 from inc_graph.errors import SpecError
-from inc_graph.graph import get_attr, get_tensor, is_float, mutated_attrs, val
+from inc_graph.graph import get_attr, get_tensor, is_float, mutated_attrs, peek_meta, val
 from inc_graph.oppattern import OpPattern, argument, pattern_of
 from inc_graph.recipe import OpQuant
 from inc_graph.spec import PerChannel, QSpec
 
-__all__ = ["DATA", "PARAMETER", "Facts", "kinds", "useless", "weight_spec"]
+__all__ = ["DATA", "INTEGERS", "PARAMETER", "Facts", "kinds", "useless", "weight_spec"]
 
-DATA, PARAMETER = "data", "parameter"
+DATA, PARAMETER, INTEGERS = "data", "parameter", "integers"
 _SAMPLES = (torch.uint8, torch.int8, torch.int16)
 _WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,8 +45,11 @@ class Facts:
     def __post_init__(self) -> None:
         self.mutated, self.kinds = mutated_attrs(self.gm), kinds(self.gm)
 
-    def bad_inputs(self, pattern: OpPattern, node: fx.Node, spec: QSpec | None) -> str | None:
-        """Whether the inputs of `node` may be quantized as `spec` says; None leaves them as they are."""
+    def bad_inputs(self, pattern: OpPattern, node: fx.Node, spec: QSpec | None, named: bool = False) -> str | None:
+        """Whether the inputs of `node` may be quantized as `spec` says; None leaves them as they are.
+
+        `named`: the user has named this operator, and knows what its inputs are.
+        """
         if not is_float(node):
             return f"its result is {getattr(val(node), 'dtype', 'not one tensor')}, not floating point"
         if spec is None:
@@ -56,11 +62,19 @@ class Facts:
                 return f"input {value.name} is not floating point"
             if value.op == "get_attr" and value.target in self.mutated:
                 return f"input {value.target} is a buffer that the model writes to"
-            if value not in self.kinds:
+            if not (named or self._is_data(pattern, node, value)):
                 return f"input {value.name} is a mask, a position or a constant, not data"
             if reason := _misfit(spec, val(value).ndim):
                 return f"input {value.name}: {reason}"
         return None
+
+    def _is_data(self, pattern: OpPattern, reader: fx.Node, value: fx.Node) -> bool:
+        kind = self.kinds.get(value)
+        if kind != INTEGERS:
+            return kind is not None
+        # a product that became a linear layer may be one of positions and frequencies: nothing says it was learned
+        layer = pattern.weight is not None and "was" not in peek_meta(reader)
+        return layer or pattern.role == "carrier"  # which moves what its reader has found to be data
 
     def bad_weight(self, pattern: OpPattern, node: fx.Node, spec: QSpec | None) -> str | None:
         """Whether the weight of `node`, if it has one, may be quantized as `spec` says."""
@@ -118,29 +132,33 @@ def _misfit(spec: QSpec, ndim: int) -> str | None:
 
 
 def kinds(gm: fx.GraphModule) -> dict[fx.Node, str]:
-    """{node: DATA or PARAMETER}; nodes that are neither are missing."""
+    """{node: DATA, PARAMETER or INTEGERS}; nodes that are none of these are missing."""
     found: dict[fx.Node, str] = {}
     for node in gm.graph.nodes:
-        if not _may_hold_data(node):
-            continue
-        if node.op == "placeholder":
-            found[node] = DATA
-        elif node.op == "get_attr":
-            if isinstance(get_attr(gm, str(node.target)), nn.Parameter):
-                found[node] = PARAMETER
-        else:
-            inputs = {found.get(n) for n in node.all_input_nodes}
-            if DATA in inputs or ((pattern := pattern_of(node)) is not None and pattern.weight is not None):
-                found[node] = DATA
-            elif PARAMETER in inputs:
-                found[node] = PARAMETER
+        if (kind := _kind(gm, node, found)) is not None:
+            found[node] = kind
     return found
 
 
-def _may_hold_data(node: fx.Node) -> bool:
+def _kind(gm: fx.GraphModule, node: fx.Node, found: dict[fx.Node, str]) -> str | None:
     value = val(node)
-    values = value if isinstance(value, list | tuple) else [value]
-    if not any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.dtype in _SAMPLES) for v in values):
-        return False
+    values = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.Tensor)]
+    if not values or _only_the_shape(node):
+        return None
+    numbers = any(v.is_floating_point() or v.is_complex() or v.dtype in _SAMPLES for v in values)
+    if node.op == "placeholder":
+        return DATA if numbers else INTEGERS
+    if node.op == "get_attr":
+        return PARAMETER if numbers and isinstance(get_attr(gm, str(node.target)), nn.Parameter) else None
+    inputs = {found.get(n) for n in node.all_input_nodes}
+    if not numbers:
+        return INTEGERS if DATA in inputs or INTEGERS in inputs else None
+    if DATA in inputs or ((pattern := pattern_of(node)) is not None and pattern.weight is not None):
+        return DATA
+    return next((kind for kind in (PARAMETER, INTEGERS) if kind in inputs), None)
+
+
+def _only_the_shape(node: fx.Node) -> bool:
+    """True for what is filled anew: `zeros_like`, `new_full`."""
     name = getattr(node.target, "__name__", "")  # of an overload: "zeros_like.default"
-    return not (node.op == "call_function" and ("_like." in name or name.startswith("new_")))
+    return node.op == "call_function" and ("_like." in name or name.startswith("new_"))

@@ -7,25 +7,25 @@ What is written into `meta["custom"]["inc"]`:
                       weight  {spec, algorithm} for a layer with a weight
     on a float op     float   the reason
 
-Readers are chosen from the outputs backwards: anchors (convolution, linear) first; a follower (add) joins if all
-readers of its result are quantized and its backend can fuse it; a carrier (view, max_pool) passes the wish of its
-readers on to its input, with the same scale. A value that a fused producer hands to a follower (conv -> add) stays in
-the accumulator: it is not quantized. Masks, positions and constants are told from data by `_eligible` and never
-quantized.
+Readers are chosen from the outputs backwards: anchors (convolution, linear) first; a follower (add) joins if somebody
+reads its result quantized, all others are sums themselves, and its backend can fuse it; a carrier (view, max_pool)
+passes the wish of its readers on to its input, with the same scale. A value that a fused producer hands to a follower
+(conv -> add) stays in the accumulator: it is not quantized. Masks, positions and constants are told from data by
+`_eligible` and never quantized, unless a rule names their reader.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from inc_graph.errors import UnusedRuleWarning
 from inc_graph.graph import inc_meta, is_float, set_level
 from inc_graph.oppattern import OpPattern, pattern_of
-from inc_graph.passes._eligible import DATA, Facts, useless, weight_spec
+from inc_graph.passes._eligible import DATA, PARAMETER, Facts, useless, weight_spec
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.recipe import OpQuant, Recipe, get_recipe
 from inc_graph.registry import PASSES
@@ -45,6 +45,7 @@ class _State:
     group: dict[tuple[fx.Node, Key], tuple[fx.Node, Key]] = field(default_factory=dict)  # union-find
     ops: dict[fx.Node, tuple[OpPattern, int, OpQuant]] = field(default_factory=dict)
     float_: dict[fx.Node, str] = field(default_factory=dict)
+    sums: set[fx.Node] = field(default_factory=set)  # sums and products, and float chains that end in nothing else
 
     def root(self, item: tuple[fx.Node, Key]) -> tuple[fx.Node, Key]:
         while self.group.get(item, item) != item:
@@ -73,6 +74,8 @@ class Annotate(Pass):
                 _anchor(node, pattern, state)
         for node in reversed(gm.graph.nodes):
             _reader(node, state)
+            if _leads_to_sums(node, state):
+                state.sums.add(node)
         _write(gm, state)
         _say_unused(gm, state.recipe)
         set_level(gm, "annotated")
@@ -94,6 +97,10 @@ def _rule(node: fx.Node, pattern: OpPattern, state: _State) -> tuple[int, OpQuan
     return index, rule.what
 
 
+def _named(index: int, state: _State) -> bool:
+    return state.recipe.rules[index].where.kind == "name"
+
+
 def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
     rule = _rule(node, pattern, state)
     if isinstance(rule, str):
@@ -103,7 +110,7 @@ def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
     reason = (
         pattern.check(node)
         or useless(pattern, what)
-        or state.facts.bad_inputs(pattern, node, what.activation)
+        or state.facts.bad_inputs(pattern, node, what.activation, _named(index, state))
         or state.facts.bad_weight(pattern, node, what.weight)
     )
     if reason:
@@ -142,12 +149,24 @@ def _end(node: fx.Node) -> fx.Node:
     return node
 
 
+def _leads_to_sums(node: fx.Node, state: _State) -> bool:
+    """True for a sum or product of two tensors, and for what moves or activates values for such alone."""
+    if (pattern := pattern_of(node)) is None or pattern.check(node) is not None:
+        return False
+    if pattern.role == "follower":
+        return len(pattern.inputs) > 1
+    if pattern.role not in ("carrier", "activation") or node in state.wants:
+        return False
+    return bool(node.users) and all(u in state.sums for u in node.users)
+
+
 def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
-    keys = _reader_keys(_end(node), state)
+    end = _end(node)
     if (why := pattern.check(node)) is not None:
         state.float_[node] = why
         return
-    if None in keys:
+    key, others = _agreed(end, state)
+    if key is None:
         state.float_[node] = "not every reader of its result is quantized, so int8 would only add conversions"
         return
     rule = _rule(node, pattern, state)
@@ -156,10 +175,10 @@ def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
         return
     index, what = rule
     inputs = list(pattern.activations(node))
-    reason = state.facts.bad_inputs(pattern, node, what.activation)
+    reason = state.facts.bad_inputs(pattern, node, what.activation, _named(index, state))
     if what.activation is None:
         reason = "the rule quantizes weights only"
-    elif reason is None and any(state.facts.kinds[v] != DATA for v in inputs):
+    elif reason is None and any(state.facts.kinds.get(v) == PARAMETER for v in inputs):
         reason = "one operand is a parameter"
     absorbed = _absorbed(inputs, state)
     unasked = state.recipe.supported is not None and state.recipe.rules[index].where.kind == "all"
@@ -173,6 +192,21 @@ def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
     for value in inputs:
         if value is not absorbed:
             state.want(node, value, own, what.activation)
+    for user in others:
+        state.want(user, end, key, state.wants[end][key])
+
+
+def _agreed(value: fx.Node, state: _State) -> tuple[Key | None, list[fx.Node]]:
+    """A format that somebody reads `value` in, and the float sums that are to read it so too; None if others read it.
+
+    A float sum reads the codes of another one through a dequantize. If it took the float value, the sum before it had a
+    float reader, so it would be float as well, and so on up the whole chain of residual blocks.
+    """
+    keys = {u: state.reads.get(u, {}).get(value) for u in value.users}
+    others = [u for u, key in keys.items() if key is None]
+    if not all(u in state.sums for u in others):
+        return None, []
+    return next((key for key in keys.values() if key is not None), None), others
 
 
 def _absorbed(inputs: list[fx.Node], state: _State) -> fx.Node | None:
@@ -183,26 +217,52 @@ def _absorbed(inputs: list[fx.Node], state: _State) -> fx.Node | None:
 
 
 def _carrier(node: fx.Node, pattern: OpPattern, state: _State) -> None:
-    keys = _reader_keys(node, state)
-    key = keys.pop()
-    if keys or key is None or pattern.check(node):
-        return
-    spec = state.wants[node][key]
-    if not isinstance(
-        spec.granularity, PerTensor
-    ):  # only one scale for the whole tensor survives moving elements around
-        return
-    if state.facts.bad_inputs(pattern, node, spec):
-        return
     found = state.recipe.resolve(node, pattern)
+    keys = _reader_keys(node, state)
+    one = len(keys - {None}) == 1 and (None not in keys or _from_sum(node))
+    key, others = _agreed(node, state) if one else (None, [])
     if found is not None and found[1].what is None and found[1].where.kind != "all":
         state.float_[node] = f"kept float by {found[1].origin or found[1].where}"
-        return
+    elif key is None:
+        _stays(node, "its readers want different formats" if None not in keys else _FLOAT_READER, state)
+    elif _carry(node, pattern, key, state):
+        for user in others:
+            state.want(user, node, key, state.wants[node][key])
+
+
+_FLOAT_READER = "not every reader of what it moves is quantized"
+
+
+def _from_sum(node: Any) -> bool:
+    """True for what a sum gives, also through moves and activation functions of it alone."""
+    while isinstance(node, fx.Node) and (pattern := pattern_of(node)) is not None:
+        if pattern.role not in ("carrier", "activation"):
+            return pattern.role == "follower" and len(pattern.inputs) > 1
+        node = _producer(node)
+    return False
+
+
+def _carry(node: fx.Node, pattern: OpPattern, key: Key, state: _State) -> bool:
+    spec = state.wants[node][key]
+    per_tensor = isinstance(spec.granularity, PerTensor)  # no other scale survives moving elements around
+    why = None if per_tensor else "its readers want more than one scale for the tensor"
+    if (reason := pattern.check(node) or why or state.facts.bad_inputs(pattern, node, spec)) is not None:
+        _stays(node, reason, state)
+        return False
     for value in pattern.activations(node):
         state.want(node, value, key, spec)
         a, b = state.root((node, key)), state.root((value, key))
         state.group[a] = b
         state.group.setdefault(b, b)
+    return True
+
+
+def _stays(node: fx.Node, reason: str, state: _State) -> None:
+    """Note why a carrier is float, if that costs something: it copies data, which is four times as long as codes."""
+    schema = getattr(node.target, "_schema", None)
+    copies = schema is None or all(r.alias_info is None for r in schema.returns)
+    if copies and is_float(node) and state.facts.kinds.get(node) == DATA:
+        state.float_[node] = reason
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -229,12 +289,12 @@ def _write(gm: fx.GraphModule, state: _State) -> None:
     for node in gm.graph.nodes:
         if node in state.float_ and node not in state.ops:
             inc_meta(node)["float"] = state.float_[node]
-        elif node.op == "call_function" and node not in state.ops and node not in state.reads:
-            if (reason := _why_float(node)) is not None:
+        elif node.op == "call_function" and node not in state.ops:
+            if (reason := _why_float(node, state)) is not None:
                 inc_meta(node)["float"] = reason
 
 
-def _why_float(node: fx.Node) -> str | None:
+def _why_float(node: fx.Node, state: _State) -> str | None:
     """Reason for an operator that no rule could have taken; None for what is not worth a line in a report."""
     pattern = pattern_of(node)
     if not is_float(node) and pattern is None:
@@ -244,14 +304,27 @@ def _why_float(node: fx.Node) -> str | None:
         return "no quantization pattern for this operator" if computes else None
     if pattern.role == "opaque":
         return pattern.reason
-    return None  # carriers and activation functions follow their neighbours
+    if pattern.role == "activation" and is_float(node) and (node in state.reads or _producer(node) not in state.ops):
+        return "what it stands behind is not quantized"
+    return None  # a view costs nothing; an activation function goes with the layer before it
+
+
+def _producer(node: fx.Node) -> Any:
+    return node.args[0] if node.args else None
 
 
 def _say_unused(gm: fx.GraphModule, recipe: Recipe) -> None:
-    """Warn of every rule that speaks of no operator of the graph."""
+    """Warn of every rule that speaks of no operator of the graph, or of none that can be set by itself."""
     nodes = [(n, p) for n in gm.graph.nodes if (p := pattern_of(n)) is not None]
     for rule in recipe.rules:
-        if rule.where.kind != "all" and not any(rule.where.matches(n, p) for n, p in nodes):
-            warnings.warn(
-                f"{rule.origin or rule.where} matched no operator of the model", UnusedRuleWarning, stacklevel=2
+        if rule.where.kind == "all":
+            continue
+        roles = {p.role for n, p in nodes if rule.where.matches(n, p)}
+        why = None if roles else "matched no operator of the model"
+        if roles == {"activation"}:
+            why = (
+                "has no effect by itself: an activation function is part of the operator that produces its input; "
+                "name that operator instead"
             )
+        if why is not None:
+            warnings.warn(f"{rule.origin or rule.where} {why}", UnusedRuleWarning, stacklevel=2)

@@ -134,6 +134,8 @@ def _identity(state: _State, node: fx.Node) -> str | None:
         return ""
     if source.op == "get_attr" and source.target in state.mutated:
         return "it holds the value of a buffer from before the model writes to it"
+    if node.target is aten.detach.default and any(u.target is aten.copy_.default for u in node.users):
+        return ""  # buffers take no history
     if not take_fuel():
         return ""
     replace_uses(node, source)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import io
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -18,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from inc_graph.calibrate import Observer, run_calibration
-from inc_graph.errors import CalibrationError, ConfigError, IncError, IncWarning, PassError
+from inc_graph.errors import CalibrationError, CaptureError, ConfigError, IncError, IncWarning, PassError
 from inc_graph.export import export, export_model_for_pt2e_quant
 from inc_graph.graph import get_level
 from inc_graph.input_mean import MeanObserver
@@ -584,6 +586,71 @@ def test_dynamic_batch_and_sequence() -> None:
     for size in (*sizes, (3, 3, 31, 8)):
         x = torch.randn(size)
         assert close(image(x), q(x), 20)
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_prepared_and_converted_models_are_not_pickled(model: nn.Module, data: list[Tensor], exported: bool) -> None:
+    prepared = prepare(model, StaticQuantConfig(), example_inputs=data[0] if exported else None)
+    prepared(data[0])
+    converted = [convert(prepared, inplace=False, backend=b) for b in (None, "eager")]
+    graphs = [q.graph for q in converted] if exported else []
+    for thing in (prepared, copy.deepcopy(prepared), *converted, *graphs):
+        for save in (lambda t=thing: pickle.dumps(t), lambda t=thing: torch.save(t, io.BytesIO())):
+            with pytest.raises(pickle.PicklingError, match=r"cannot be pickled(.|\n)*hint: .*q_model.graph") as e:
+                save()
+            assert isinstance(e.value, IncError)
+    for q in converted:
+        assert torch.equal(copy.copy(q)(data[0]), q(data[0])) and torch.equal(copy.deepcopy(q)(data[0]), q(data[0]))
+
+
+def test_what_the_hint_says_about_saving_is_true(model: nn.Module, data: list[Tensor]) -> None:
+    q, file = convert(calibrated(model, data)), io.BytesIO()
+    torch.export.save(torch.export.export(q.graph, (data[0],)), file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(data[0]), q.graph(data[0]))
+
+
+class Running(nn.Module):
+    """Subtracts a running mean of detached activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        self.mean.mul_(0.9).add_(y.detach().mean(0) * 0.1)
+        return self.b(y - self.mean)
+
+
+def test_buffers_take_no_history_at_any_stage(data: list[Tensor]) -> None:
+    model = Running().eval()
+    with torch.enable_grad():
+        prepared = prepare(export(model, data[0]), StaticQuantConfig())
+        for x in data:
+            prepared(x)
+        q = convert(copy.deepcopy(prepared))
+        q(data[0]), q(data[0])
+        for stage in (prepared, copy.deepcopy(prepared), q, q.graph, copy.deepcopy(q)):
+            means = [b for name, b in stage.named_buffers() if name.endswith("mean")]
+            assert means and not any(b.requires_grad for b in means)
+
+
+def test_an_embedding_that_renormalizes_runs_with_gradients_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 16, max_norm=1.0), nn.Linear(16, 4)).eval()
+    ids = torch.arange(6)
+    with torch.enable_grad():
+        try:
+            graph = export(model, ids)
+        except CaptureError as e:  # torch 2.8 exports no write to a parameter
+            assert "mutation" in e.message
+            return
+        prepared = prepare(graph, StaticQuantConfig())
+        prepared(ids)
+        assert close(model(ids), convert(prepared)(ids))
+    assert model[0].weight.requires_grad
 
 
 def test_nothing_is_warned_of_without_reason() -> None:

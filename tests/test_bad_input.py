@@ -301,7 +301,104 @@ def test_weights_that_are_not_numbers_stay_float(exported: bool) -> None:
     assert "holds NaN or infinity" in q.report.floats[0].detail
 
 
+# ------------------------------------------------------------------------------------------- programs of training mode
+def trained() -> dict[str, nn.Module]:
+    first = nn.Linear(8, 8)
+    return {
+        "dropout": nn.Sequential(first, nn.Dropout(0.5)),
+        "alpha_dropout": nn.Sequential(first, nn.AlphaDropout(0.5)),
+        "feature_dropout": nn.Sequential(first, nn.Unflatten(1, (4, 2)), nn.Dropout1d(0.5)),
+        "batch_norm": nn.Sequential(first, nn.BatchNorm1d(8)),
+        "instance_norm": nn.Sequential(first, nn.Unflatten(1, (4, 2)), nn.InstanceNorm1d(4, track_running_stats=True)),
+        "rrelu": nn.Sequential(first, nn.RReLU()),
+        "lstm": nn.Sequential(first, nn.LSTM(8, 8, 2, dropout=0.5)),
+    }
+
+
+@pytest.mark.parametrize("kind", trained())
+@pytest.mark.filterwarnings("ignore:.*_flat_weights.*")
+def test_a_program_of_a_model_in_training_mode(kind: str) -> None:
+    model, x = trained()[kind], torch.randn(4, 8)
+    program = torch.export.export(model.train(), (x,))
+    calls: list[Callable[[], Any]] = [
+        lambda: export(program),
+        lambda: export(program, (x,)),
+        lambda: prepare(program, CONFIG),
+        lambda: prepare(program.module(), CONFIG, example_inputs=x),
+    ]
+    for call in calls:
+        with pytest.raises(CaptureError, match=f"in training mode: aten.*{kind}(.|\n)*hint: call model.eval()") as e:
+            call()
+        assert e.value.node is not None
+    assert export(torch.export.export(model.eval(), (x,))) is not None
+
+
+def test_what_is_the_same_in_both_modes_is_no_training() -> None:
+    norm = nn.BatchNorm1d(8, track_running_stats=False)
+    for model in (nn.Sequential(nn.Linear(8, 8), norm, nn.Dropout(0.0)), nn.LSTM(8, 8)):
+        assert export(torch.export.export(model.train(), (torch.randn(4, 8),))) is not None
+
+
+# ------------------------------------------------------------------------------------------------ wrong example inputs
+class Stateful(nn.Module):
+    """Cannot be exported; writes to a buffer, rebinds another, keeps a list and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.seen, self.count = nn.Linear(8, 8), [], 0
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("last", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.add_(x.mean())
+        self.last = self.last + torch.rand(8)
+        self.count += 1
+        self.seen.append(self.count)
+        x.mul_(2)
+        return self.fc(x) if x.sum().item() > 0 else self.fc(x) + 1
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_a_failed_export_asks_the_model_itself_and_leaves_no_trace(width: int) -> None:
+    model = Stateful().eval()
+    x = torch.randn(4, width)
+    before, inputs, generator = snapshot(model), x.clone(), torch.get_rng_state()
+    if width == 3:
+        with pytest.raises(CaptureError, match="Stateful does not take the example inputs: RuntimeError: mat1") as e:
+            prepare(model, CONFIG, example_inputs=(x,))
+        assert "what the model is called with" in str(e.value.hint)
+    else:
+        with pytest.warns(IncWarning, match="layer by layer"):
+            prepare(model, CONFIG, inplace=False, example_inputs=(x,))
+    assert same(before, snapshot(model)), "the model was changed"
+    assert model.seen == [] and model.count == 0 and type(model.fc) is nn.Linear
+    assert torch.equal(x, inputs) and torch.equal(torch.get_rng_state(), generator)
+
+
+@SCOPES
+def test_calibration_without_values(exported: bool) -> None:
+    p = prepare(nn.Sequential(nn.Linear(8, 8)).eval(), CONFIG, example_inputs=torch.randn(4, 8) if exported else None)
+    with pytest.raises(CaptureError, match=r"input.* is on the meta device") as e:
+        p(torch.randn(4, 8, device="meta"))
+    assert exported or e.value.module == "0"
+
+
 # -------------------------------------------------------------------------------------------------------- wrong order
+@SCOPES
+def test_export_of_what_is_quantized(exported: bool) -> None:
+    p = prepared(exported, x())
+    refused(p, ConfigError, "prepared already\n  hint: run calibration data", lambda m: export(m, x()))
+    q = convert(p, inplace=False)
+    refused(q, ConfigError, "converted already\n  hint: prepare the float", lambda m: export(m, x()))
+    refused(nn.Sequential(q).eval(), ConfigError, "converted already", lambda m: export(m, x()))
+    if exported:
+        refused(q.graph, ConfigError, "at level 'qdq'", lambda m: export(m, x()))
+        program = torch.export.export(convert(p, reference=True), (x(),))
+        refused(program.module(), ConfigError, "converted already", lambda m: export(m, x()))
+        with pytest.raises(ConfigError, match="converted already"):
+            export(program)
+
+
 @SCOPES
 def test_twice(exported: bool) -> None:
     p = prepared(exported, x())

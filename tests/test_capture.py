@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inc_graph.capture import capture
 from inc_graph.errors import CaptureError
 from inc_graph.graph import clone, get_level, is_float, module_path, mutated_attrs, val
+from inc_graph.quantization import StaticQuantConfig, convert, prepare
 from inc_graph.verify import verify
 from tests.graph_generator import KINDS, RandomModel
 
@@ -398,3 +401,137 @@ def test_a_copy_checks_its_inputs_too() -> None:
         assert len(twin._forward_pre_hooks) == 1
         with pytest.raises(CaptureError, match="was captured for"):
             twin(torch.randn(4, 3))
+
+
+# ------------------------------------------------------------------------------------------ layouts that may change
+class Attention(nn.Module):
+    """Attention with a mask from outside, written as in many models: the layout of what sdpa gives decides."""
+
+    def __init__(self, ends: str = "view") -> None:
+        super().__init__()
+        self.qkv, self.out, self.ends = nn.Linear(32, 96), nn.Linear(32, 32), ends
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        b, t, _ = x.shape
+        q, k, v = (y.view(b, t, 4, 8).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        if self.ends == "returned":
+            return y.transpose(1, 2).contiguous()
+        if self.ends == "elementwise":
+            y = y * 2 + q
+        if self.ends == "reshape":
+            return self.out(y.transpose(1, 2).reshape(b, t, 32))
+        return self.out(y.transpose(1, 2).contiguous().view(b, t, 32))
+
+
+@pytest.mark.parametrize("ends", ["view", "reshape", "elementwise", "returned"])
+def test_any_attention_kernel_may_run(ends: str) -> None:
+    model, x = Attention(ends).eval(), torch.randn(2, 7, 32)
+    gm = capture(model, (x, torch.randn(7, 7)))
+    verify(gm)
+    for mask in (torch.randn(7, 7), torch.randn(7, 7, requires_grad=True)):
+        torch.testing.assert_close(gm(x, mask), model(x, mask))
+        assert gm(x, mask).is_contiguous()
+        with sdpa_kernel(SDPBackend.MATH):
+            torch.testing.assert_close(gm(x, mask), model(x, mask))
+            assert gm(x, mask).is_contiguous()
+
+
+def test_only_views_below_attention_become_reshapes() -> None:
+    gm = capture(Attention().eval(), (torch.randn(2, 7, 32), torch.randn(7, 7)))
+    views = [(str(n.target), module_path(n)) for n in gm.graph.nodes if "view" in n.name]
+    assert [target for target, _ in views] == ["aten.view.default"] * 3 + ["aten.reshape.default"]
+    assert "aten.clone" not in ops(gm)
+
+
+# --------------------------------------------------------------------------------------------- writes, absent inputs
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.fc(x) if offset is None else self.fc(x) + offset
+        self.mean.mul_(0.9).add_(y.detach().mean(0) * 0.1)
+        return y - self.mean
+
+
+def test_what_is_written_to_a_buffer_carries_no_history() -> None:
+    model, x = Mean().eval(), torch.randn(3, 4)
+    gm = capture(model, (x,))
+    twin = copy.deepcopy(model)
+    with torch.enable_grad():
+        for _ in range(3):
+            assert torch.equal(gm(x), twin(x))
+    assert not gm.mean.requires_grad and torch.equal(gm.mean, twin.mean)
+    assert torch.equal(copy.deepcopy(gm)(x), twin(x))
+
+
+def test_an_argument_captured_as_its_default_none_may_be_left_out() -> None:
+    model, x = Mean().eval(), torch.randn(3, 4)
+    gm = capture(model, (x,), {"offset": None})
+    for twin in (gm, clone(gm), copy.deepcopy(gm)):
+        assert torch.equal(twin(x), twin(x, offset=None)) is False  # the mean goes on
+    with pytest.raises(CaptureError, match=r"'offset' was captured as the constant None, got a tensor of shape \[4\]"):
+        gm(x, offset=torch.ones(4))
+
+
+def test_bounds_of_a_dimension_are_shown() -> None:
+    n = torch.export.Dim("n", min=3, max=8)
+    gm = capture(nn.Linear(4, 2), (torch.randn(4, 4),), dynamic_shapes=({0: n},))
+    with pytest.raises(CaptureError, match=r"has shape \[9, 4\].* \(3\.\.8\), 4\](.|\n)*hint: give sizes within"):
+        gm(torch.randn(9, 4))
+    two = capture(Add(), (torch.ones(4), torch.ones(4)), dynamic_shapes=({0: n}, {0: n}))
+    with pytest.raises(CaptureError, match=r"'y' has shape \[6\](.|\n)*must have one size.*\(3\.\.8\) is 5"):
+        two(torch.ones(5), torch.ones(6))
+
+
+def test_inputs_need_values() -> None:
+    gm = capture(nn.Linear(4, 2), (torch.randn(4, 4),))
+    with pytest.raises(CaptureError, match="input 'input_1' is on the meta device"):
+        gm(torch.randn(4, 4, device="meta"))
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print("of the model", file=sys.stderr)
+        return x[: int(x.sum())] if x.sum() > 0 else x
+
+
+def test_a_failing_export_prints_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match="data-dependent"):
+        capture(nn.Sequential(nn.Linear(4, 4), Noisy()), (torch.randn(3, 4),))
+    assert capfd.readouterr().err.split("\n") == ["of the model", ""]
+
+
+def test_inputs_of_another_layout() -> None:
+    """Captured on contiguous images, called with channels-last ones: the views below would not fit."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).flatten(1)
+
+    model, x = Flat().eval(), torch.randn(2, 3, 6, 6)
+    gm = capture(model, (x,))
+    for twin in (gm, copy.deepcopy(gm)):
+        same(twin, model, x.to(memory_format=torch.channels_last))
+        same(twin, model, x.expand(2, 3, 6, 6).transpose(2, 3))
+    prepared = prepare(gm, StaticQuantConfig())
+    prepared(x.to(memory_format=torch.channels_last))
+    q = convert(prepared)
+    torch.testing.assert_close(q(x.to(memory_format=torch.channels_last)), q(x), rtol=0, atol=0)
+
+
+def test_an_input_that_is_written_to_keeps_its_memory() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.add_(1)
+            return x * 2
+
+    gm, x = capture(Writes(), (torch.zeros(2, 3),)), torch.zeros(3, 2).t()
+    assert torch.equal(gm(x), torch.full((2, 3), 2.0)) and torch.equal(x, torch.ones(2, 3))

@@ -186,7 +186,9 @@ def test_an_operator_pattern(load: Any) -> None:
     ]
     PATTERNS.remove("scaled_ext")
     q, _, _ = run(Scaled().eval(), StaticQuantConfig())
-    assert [(x.op, x.detail) for x in q.report.floats] == [("ext_test", "no quantization pattern for this operator")]
+    assert [(x.op, x.detail) for x in q.report.floats] == [
+        ("ext_test::scaled", "no quantization pattern for this operator")
+    ]
 
 
 def test_a_range_estimator(load: Any) -> None:

@@ -442,6 +442,58 @@ def test_modes_and_moves_of_the_converted_model() -> None:
             bad()
 
 
+class Mixed(nn.Module):
+    """Float modules before and beside quantized layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.part = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.norm(x))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("change", ["double", "half", "train", "bfloat16"])
+def test_a_refused_move_changes_nothing(change: str, copied: bool) -> None:
+    x = torch.randn(4, 8)
+    q = quantize(Mixed().eval(), CONFIG, lambda m: m(x))
+    q = copy.deepcopy(q) if copied else q
+    want, before = q(x), snapshot(q)
+    for part in (q, q.part):
+        with pytest.raises(IncError, match="a converted model cannot"):
+            getattr(part, change)()
+        assert same(before, snapshot(q)) and not any(m.training for m in q.modules())
+        assert torch.equal(q(x), want)
+    assert q.to("cpu") is q and q.float() is q and q.eval() is q and q.train(False) is q
+
+
+class Cond(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: self.a(y), lambda y: y + 1, (self.b(x),))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_layers_in_a_branch_of_torch_cond_stay_float(copied: bool) -> None:
+    model, x = Cond().eval(), torch.randn(4, 8).abs()
+    want = model(x), model(-x)
+    p = prepare(model, CONFIG, inplace=not copied)
+    p = copy.deepcopy(p) if copied else p
+    p.a(x)  # also used outside: data alone does not make it fit for a branch
+    p(x), p(-x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IncWarning)
+        q = convert(p)
+    assert [(line.module, "inside torch.cond" in line.detail) for line in q.report.floats] == [("a", True)]
+    assert modules(q) == {"b"} and type(q.a) is nn.Linear
+    assert close(want[0], q(x)) and close(want[1], q(-x))
+
+
 def test_autocast_around_the_model() -> None:
     model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):

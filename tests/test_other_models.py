@@ -19,8 +19,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from inc_graph.export import export
 from inc_graph.oppattern import pattern_of
 from inc_graph.ops import is_inc
 from inc_graph.quantization import StaticQuantConfig, convert, prepare
@@ -320,6 +322,58 @@ def test_multihead_attention(options: dict[str, Any]) -> None:
         lambda: (torch.randn(2, 7, 32), torch.randn(2, 5, width), mask),
         {"linear": 5 if options else 4},
     )
+
+
+class Biased(nn.Module):
+    """Attention with a trained mask, as a plain parameter or as the table of relative positions of Swin."""
+
+    def __init__(self, relative: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.bias = nn.Parameter(torch.randn(7, 7))
+        self.table = nn.Parameter(torch.randn(13, 4))
+        steps = torch.arange(7)
+        self.register_buffer("index", steps[:, None] - steps[None] + 6)
+        self.relative = relative
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.relative:
+            return self.attention(x, x, x, attn_mask=self.bias, need_weights=False)[0]
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(7, 7, 4).permute(2, 0, 1).contiguous()
+        y = F.scaled_dot_product_attention(q, k, v, bias[None])
+        return self.out(y.transpose(1, 2).contiguous().view(x.shape))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_attention_with_a_trained_mask(relative: bool) -> None:
+    model, x = Biased(relative).eval(), torch.randn(2, 7, 32)
+    graph = export(model, (x,))
+    prepared = prepare(graph, StaticQuantConfig(), inplace=False)
+    for run in (graph, prepared):  # autograd chooses another kernel than no_grad
+        torch.testing.assert_close(run(x), model(x))
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), model(x))
+    q = convert(prepared)
+    for context in (torch.no_grad(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH)):
+        with context:
+            assert sqnr(model(x), q(x)) > 33 and sqnr(model(x), q.graph(x)) > 33
+
+
+def test_t5_with_gradients_on() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, use_cache=False
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(1, 50, (2, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :5]}
+    graph = export(model, inputs)
+    torch.testing.assert_close(graph(**inputs)["logits"], model(**inputs)["logits"])
+    prepared = prepare(graph, StaticQuantConfig())
+    prepared(**inputs)
+    assert sqnr(model(**inputs)["logits"], convert(prepared)(**inputs)["logits"]) > 25
 
 
 class CrossAttention(nn.Module):

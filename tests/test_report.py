@@ -7,13 +7,16 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from inc_graph.oppattern import pattern_of
 from inc_graph.quantization import StaticQuantConfig, convert, prepare, quantize
 from inc_graph.report import OpLine, Report, attribute_bytes
 from inc_graph.utils import progress
@@ -92,6 +95,128 @@ def test_counts_and_bytes(q: Any) -> None:
     shared.register_buffer("sparse", torch.eye(4).to_sparse())
     shared.register_buffer("empty", None)
     assert attribute_bytes(shared) == 64 + 16
+
+
+# ------------------------------------------------------------------------------------------------ nothing is hidden
+class Do(nn.Module):
+    """Two linear layers, two convolutions, a bag of embeddings, and a function of them and the inputs."""
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        super().__init__()
+        self.f, self.a, self.b = f, nn.Linear(8, 8), nn.Linear(8, 8)
+        self.c, self.d = nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1)
+        self.bag, self.norm, self.prelu = nn.EmbeddingBag(10, 8), nn.LayerNorm(8), nn.PReLU()
+
+    def forward(self, *args: Any) -> Any:
+        return self.f(self, *args)
+
+
+def report_of(f: Callable[..., Any], *args: Any, backend: str = "inductor") -> Report:
+    torch.manual_seed(0)
+    model = Do(f).eval()
+    return quantize(model, StaticQuantConfig(), lambda m: m(*args), example_inputs=args, backend=backend).report
+
+
+def floats(report: Report) -> list[tuple[str, str]]:
+    return [(line.op, line.detail) for line in report.floats]
+
+
+ROWS, SPACE = torch.randn(3, 8), torch.randn(2, 8, 6)
+NOT_IN_KERNEL, NO_LAYER = "the kernel before it does not compute it", "what it stands behind is not quantized"
+NO_PATTERN = "no quantization pattern for this operator"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.gelu, torch.sigmoid, torch.tanh, F.hardsigmoid, F.leaky_relu, F.elu, F.mish, F.softplus, F.selu, F.relu, F.silu],
+)
+@pytest.mark.parametrize("layers", ["ab", "cd"])
+def test_an_activation_is_in_a_kernel_or_float(function: Callable[[Tensor], Tensor], layers: str) -> None:
+    first, second = layers
+    x = ROWS if layers == "ab" else SPACE
+    torch.manual_seed(0)
+    model = Do(lambda m, x: getattr(m, second)(function(getattr(m, first)(x)))).eval()
+    q = quantize(model, StaticQuantConfig(), lambda m: m(x), example_inputs=x, backend="inductor")
+    patterns = [pattern_of(n) for n in q.lowered.graph.nodes]
+    computed = [p for p in patterns if p is not None and p.role == "activation"]
+    assert [line.detail for line in q.report.floats] == [NOT_IN_KERNEL] * len(computed) and len(q.report.kernels) == 2
+
+
+def test_prelu_and_an_activation_that_two_read() -> None:
+    assert floats(report_of(lambda m, x: m.b(m.prelu(m.a(x))), ROWS)) == [("prelu", NOT_IN_KERNEL)]
+    report = report_of(lambda m, x: (m.b(torch.relu(y := m.a(x))), y), ROWS)  # the layer's own value is read too
+    assert floats(report) == [("relu", NOT_IN_KERNEL)]
+
+
+@pytest.mark.parametrize(
+    ("f", "op"),
+    [
+        (lambda m, x: m.a(F.gelu(m.norm(x))), "gelu"),
+        (lambda m, x: m.a(torch.relu(x)), "relu"),
+        (lambda m, x: m.b(torch.tanh(torch.relu(m.a(x)))), "tanh"),  # a kernel takes one
+        (lambda m, x: torch.relu(m.b(m.a(x)).softmax(-1)), "relu"),
+    ],
+)
+def test_an_activation_behind_no_quantized_layer(f: Callable[..., Any], op: str) -> None:
+    assert (op, NO_LAYER) in floats(report_of(f, ROWS))
+
+
+def test_an_activation_in_the_kernel_of_a_float_sum_is_not_listed() -> None:
+    report = report_of(lambda m, x: torch.relu(m.b(m.a(x)) + x), ROWS)
+    assert [op for op, _ in floats(report)] == ["add"]
+
+
+def test_the_reference_computes_an_activation_with_its_layer() -> None:
+    report = report_of(lambda m, x: m.b(F.elu(m.a(x))), ROWS, backend="eager")
+    assert not report.floats and [line.op for line in report.reference] == ["linear", "linear"]
+
+
+def test_constants_and_complex_numbers_count_as_inputs() -> None:
+    assert ("embedding_bag", NO_PATTERN) in floats(report_of(lambda m, x, i: m.a(x) + m.bag(i), ROWS, ROWS.long() % 3))
+    assert [op for op, _ in floats(report_of(lambda m, x: m.a(torch.fft.rfft(x, n=14).abs()), ROWS))] == [
+        "fft_rfft", "abs"
+    ]  # fmt: skip
+    assert [op for op, _ in floats(report_of(lambda m, x: m.a(torch.fft.fft(m.b(x)).real), ROWS))] == ["fft_fft"]
+
+
+@pytest.mark.parametrize(
+    ("f", "listed"),
+    [
+        (lambda m, x: m.b(m.a(x).flip(0)), []),  # on codes
+        (lambda m, x: m.a(x).flip(0), ["select"]),
+        (lambda m, x: m.a(x).roll(1, 0), ["select"]),
+        (lambda m, x: torch.stack([m.a(x), x]), ["cat"]),
+        (lambda m, x: (m.b(y := torch.cat([m.a(x), x])), y), ["cat"]),
+        (lambda m, x: m.b(F.pad(m.a(x)[:, :6], (1, 1), value=1.0)), ["pad"]),
+        (lambda m, x: m.a(x).view(8, 3).t()[1:].unsqueeze(0), []),  # views
+        (lambda m, x: m.a(x) * torch.arange(8).float().flip(0), ["mul"]),  # moves a constant
+        (lambda m, x: m.a(x).masked_fill((x > 0).flip(0), 0), ["masked_fill"]),  # moves a mask
+    ],
+)
+def test_moves_that_copy_float_data(f: Callable[..., Any], listed: list[str]) -> None:
+    found = floats(report_of(f, ROWS))
+    assert [op for op, _ in found] == listed and all(reason for _, reason in found)
+
+
+def test_layers_inside_of_a_condition() -> None:
+    def f(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.cond(x.sum() > 0, lambda x: m.a(x), lambda x: torch.relu(m.a(x) @ m.b(x).t() @ x), (x,)))
+
+    report = report_of(f, ROWS)
+    inside = [line for line in report.floats if "inside of torch.cond" in line.detail]
+    assert ("cond", NO_PATTERN) in floats(report)
+    assert [line.op for line in inside] == ["linear", "linear", "linear", "matmul", "matmul"]
+    assert len({line.name for line in inside}) == 5 and [line.module for line in report.kernels] == ["b"]
+
+
+def test_an_operator_of_another_library_has_its_full_name() -> None:
+    with torch.library._scoped_library("report_test", "DEF") as library:
+        library.define("foo(Tensor x) -> Tensor")
+        library.impl("foo", lambda x: x.cos(), "CompositeExplicitAutograd")
+        library.impl("foo", torch.empty_like, "Meta")
+        assert floats(report_of(lambda m, x: torch.ops.report_test.foo(m.a(x)), ROWS)) == [
+            ("report_test::foo", NO_PATTERN)
+        ]
 
 
 def test_an_empty_report() -> None:

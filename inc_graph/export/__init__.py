@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from inc_graph.capture import capture
 from inc_graph.errors import CaptureError
+from inc_graph.export.checks import check_model, refuse_quantized
 
-__all__ = ["check_model", "example_call", "export", "export_model_for_pt2e_quant", "unwrap"]
+__all__ = ["check_model", "example_call", "export", "export_model_for_pt2e_quant", "refuse_quantized", "unwrap"]
 
 
 def export(
@@ -35,8 +35,10 @@ def export(
         kwargs: Keyword inputs beside positional ones.
 
     Raises:
-        CaptureError: if the model is not a module, is in training mode, lies on the meta device, does not take the
-            example inputs, or cannot be exported; it carries the exporter's reason, the module path and what to do.
+        CaptureError: if the model is not a module, is in training mode (or a program of a model that was), lies on the
+            meta device, does not take the example inputs, or cannot be exported; it carries the exporter's reason, the
+            module path and what to do.
+        ConfigError: if the model, or a part of it, is prepared or converted.
     """
     if isinstance(model, ExportedProgram):
         if example_inputs is None and dynamic_shapes is None and kwargs is None:
@@ -44,6 +46,7 @@ def export(
         model = model.module()
     module: nn.Module = unwrap(model)
     check_model(module)
+    refuse_quantized(module)
     args, keywords = example_call(module, example_inputs, kwargs)
     return capture(module, args, keywords, dynamic_shapes)
 
@@ -60,31 +63,6 @@ def unwrap(model: Any) -> Any:
             model = model.module
         else:
             return model
-
-
-def check_model(model: Any) -> None:
-    """Refuse what cannot be quantized at all. CaptureError."""
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        raise CaptureError(f"expected a model, got the class {model.__name__}", hint=f"make one: {model.__name__}(...)")
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        hint = "give the Python model that it was made from"
-        raise CaptureError(f"{type(model).__name__} is TorchScript, which torch.export does not read", hint=hint)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise CaptureError(f"tensor {name!r} has no shape yet", hint="run the model once on an input")
-        if tensor.is_meta:
-            raise CaptureError(
-                f"tensor {name!r} is on the meta device and has no values", hint="load the weights first"
-            )
-        if tensor.is_mkldnn:
-            raise CaptureError(f"tensor {name!r} is in mkldnn layout", hint="give the model from before to_mkldnn()")
-    # what torch.export returns is for inference, whatever its flag says, and refuses eval()
-    fixed = isinstance(model, fx.GraphModule) and ("inc" in model.meta or "train" in vars(model))
-    trained = next((name for name, m in model.named_modules() if m.training), None)
-    if trained is not None and not fixed:
-        raise CaptureError("the model is in training mode", module=trained, hint="call model.eval() first")
 
 
 def example_call(
@@ -134,6 +112,8 @@ def _recapture(program: ExportedProgram) -> fx.GraphModule:
         for v in (values.get(name) for name in program.graph_signature.user_inputs)
     ]
     module = program.module()
+    check_model(module)
+    refuse_quantized(module)
     dynamic = None
     if any(shapes):
         by_position, by_name = pytree.tree_unflatten(shapes, program.call_spec.in_spec)

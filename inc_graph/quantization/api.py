@@ -13,7 +13,7 @@ from inc_graph.batches import one_batch_a_call
 from inc_graph.calibrate import Observer
 from inc_graph.capture import capture
 from inc_graph.errors import CaptureError, ConfigError, IncWarning
-from inc_graph.export import check_model, example_call, export, unwrap
+from inc_graph.export import check_model, example_call, export, refuse_quantized, unwrap
 from inc_graph.graph import adopt, clone, get_level, is_float, module_path
 from inc_graph.input_mean import MeanObserver
 from inc_graph.oppattern import pattern_of
@@ -23,6 +23,8 @@ from inc_graph.quantization.config import BaseConfig
 from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
+from inc_graph.quantization.pickling import refuse_pickling
+from inc_graph.quantization.trial import why_refused
 from inc_graph.recipe import Recipe, set_recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import attribute_bytes, read_graph
@@ -74,7 +76,7 @@ def _prepare(
     model: nn.Module, quant_config: BaseConfig, inplace: bool, example_inputs: Any, dynamic_shapes: Any, backend: str
 ) -> nn.Module:
     check_model(model)
-    _refuse_twice(model)
+    refuse_quantized(model)
     if dynamic_shapes is not None and (_is_ours(model) or example_inputs is None):
         why = "this graph has its shapes already" if _is_ours(model) else "they need example_inputs"
         raise ConfigError(
@@ -96,6 +98,11 @@ def _prepare(
     except CaptureError as e:
         if dynamic_shapes is not None and _blames_shapes(e):
             raise
+        if (refusal := why_refused(model, args, kwargs)) is not None:
+            why = f"{type(refusal).__name__}: {refusal}"
+            hint = "example_inputs must be what the model is called with"
+            message = f"{type(model).__name__} does not take the example inputs: {why}"
+            raise CaptureError(message, module=e.module, hint=hint) from refusal
         return _fall_back(model, recipe, inplace, e)
     return _prepare_graph(graph, recipe, inplace=True)
 
@@ -107,15 +114,6 @@ def _is_ours(model: nn.Module) -> bool:
 def _level(model: nn.Module) -> str | None:
     """The level of a graph of ours, None for other modules."""
     return get_level(cast(fx.GraphModule, model)) if _is_ours(model) else None
-
-
-def _refuse_twice(model: nn.Module) -> None:
-    if any(isinstance(m, QuantizedModel) for m in model.modules()):
-        raise ConfigError("the model is converted already", hint="prepare the float model")
-    if observers_of(model) or module_scope.is_prepared(model):
-        raise ConfigError("the model is prepared already", hint="run calibration data through it, then call convert")
-    if (level := _level(model)) not in (None, "float"):
-        raise ConfigError(f"prepare needs a float model, this graph is at level {level!r}")
 
 
 def _blames_shapes(error: CaptureError) -> bool:
@@ -144,6 +142,7 @@ def _prepare_graph(model: fx.GraphModule, recipe: Recipe, inplace: bool) -> fx.G
     operators = [n for n in model.graph.nodes if pattern_of(n) is not None]
     warn_prefixes(recipe, filter(None, map(module_path, operators)), stacklevel=5)
     remember_buffers(result.graph)
+    refuse_pickling(result.graph)
     one_batch_a_call(result.graph)
     result.graph.meta["inc"]["bytes_before"] = attribute_bytes(model)
     result.graph.meta["inc"]["timings"] = [list(t) for t in result.timings]

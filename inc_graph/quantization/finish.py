@@ -16,7 +16,7 @@ from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.recipe import get_recipe
 from inc_graph.registry import BACKENDS
-from inc_graph.report import Report, attribute_bytes, read_graph
+from inc_graph.report import Report, attribute_bytes, read_graph, with_activations
 from inc_graph.utils.device import choose_backend
 from inc_graph.utils.progress import progress
 
@@ -90,6 +90,8 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
         else:
             _, reason = lowered.report.missed.get(line.name, ("", default))
             report.reference.append(replace(line, detail=reason))
+    done = {line.name for line in report.kernels}
+    report.floats = with_activations(report.floats, result.graph, lowered.graph, done)
     model = QuantizedModel(result.graph, lowered.graph, report, lowered.packed, target.for_compile(lowered.graph))
     report.bytes_before = facts.get("bytes_before", 0)
     report.bytes_after = attribute_bytes(model)

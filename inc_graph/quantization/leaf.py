@@ -14,6 +14,8 @@ from inc_graph.errors import CaptureError, IncError
 from inc_graph.graph import clone, get_tensor
 from inc_graph.oppattern import argument, pattern_of
 from inc_graph.ops import is_dequantize
+from inc_graph.quantization import branches
+from inc_graph.quantization.branches import stays_float
 from inc_graph.quantization.model import QuantizedModel
 
 __all__ = ["Captures", "Form", "Leaf", "form_of", "is_layer", "unfit"]
@@ -73,6 +75,8 @@ class Form:
         """Why the layer does not take `x`, None if it does."""
         if not isinstance(x, Tensor):
             return f"its input is {type(x).__name__}, not a tensor"
+        if x.device.type == "meta":
+            return "its input is on the meta device and has no values"
         if x.layout != torch.strided:
             return f"its input is {str(x.layout).removeprefix('torch.')}: only dense tensors are taken"
         if self.kind == "index":
@@ -142,6 +146,10 @@ def _bare(module: nn.Module) -> nn.Module:
     return bare
 
 
+def _autocast_is_on(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to say it of meta
+
+
 class Leaf(nn.Module):
     """Stands where a layer stood; `inner` is the layer's observed graph, its quantized model once it is converted.
 
@@ -152,13 +160,18 @@ class Leaf(nn.Module):
     def __init__(self, inner: nn.Module, form: Form, path: str, original: nn.Module) -> None:
         super().__init__()
         self.inner, self.form, self.path = inner, form, path
-        self.extra_call = False
+        self.reason: str | None = None  # why it has to stay float, from how it is called
+        self.number = branches.enroll(self)
         self._original: tuple[nn.Module, ...] = (
             original,
         )  # a tuple: not a submodule, so its parameters are not counted twice
         self._facts: dict[str, Any] = {}
         self._take_hooks(original)
         self.eval()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = branches.enroll(self)  # a copy is another leaf
 
     def _take_hooks(self, other: nn.Module) -> None:
         """The user's hooks on a layer go on working."""
@@ -185,9 +198,11 @@ class Leaf(nn.Module):
         return self._original[0] if self._original else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._original and torch.compiler.is_dynamo_compiling() and stays_float(self.number):
+            return self._original[0](x, *args, **kwargs)
         if args or kwargs:
             return self._extra(x, *args, **kwargs)
-        if isinstance(x, Tensor) and self.form.kind != "index" and torch.is_autocast_enabled(x.device.type):
+        if isinstance(x, Tensor) and self.form.kind != "index" and _autocast_is_on(x.device.type):
             return self._autocast(x)
         if not torch.compiler.is_compiling() and (fault := self.form.fault(x)) is not None:
             raise CaptureError(fault, module=self.path, hint="call the model with inputs like those of the float model")
@@ -215,7 +230,7 @@ class Leaf(nn.Module):
         if self.original is None:
             hint = "calibrate with such calls, so that the layer stays float"
             raise CaptureError("called with more than its input, unlike in calibration", module=self.path, hint=hint)
-        self.extra_call = True
+        self.reason = "it is called with more than its input"
         return self.original(x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +13,19 @@ from torch import fx, nn
 from inc_graph.capture import own_mutated
 from inc_graph.errors import IncError
 from inc_graph.graph import clone
+from inc_graph.quantization.pickling import NotPickled
 from inc_graph.report import Report
 
-__all__ = ["QuantizedModel"]
+__all__ = ["QuantizedModel", "all_or_nothing"]
 
 
 class QuantizedModel(nn.Module):
     """Result of `convert`: called like the float model.
 
-    Weights are kept once, in the form that the backend's kernels read. `graph` gives the device-agnostic Q-DQ graph
-    back: what is packed is unpacked at that moment, other tensors are shared. The model stays on its device, in its
-    dtypes and in eval mode: kernels hold constants that cannot follow.
+    Weights are kept once, in the form that the backend's kernels read (a table tied to an output head in two: rows to
+    look up, and packed). `graph` gives the device-agnostic Q-DQ graph back: what is packed is unpacked at that moment,
+    other tensors are shared. The model stays on its device, in its dtypes and in eval mode: kernels hold constants that
+    cannot follow. It can be copied and not be pickled.
 
     Attributes:
         report: What was quantized, what runs in which kernel, what stayed float and why.
@@ -65,11 +69,16 @@ class QuantizedModel(nn.Module):
     def train(self, mode: bool = True) -> QuantizedModel:
         """A converted model is for inference; `train(True)` is refused."""
         if mode:
-            raise IncError("a converted model cannot be trained", hint="train the float model, then quantize it again")
+            raise _no_training()
         return super().train(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedModel:
         """What `to`, `half` and `cuda` go through: only what changes neither dtype nor device."""
+        self.check_move(fn)
+        return super()._apply(fn, recurse)
+
+    def check_move(self, fn: Callable[..., Any]) -> None:
+        """IncError if `fn`, which `_apply` would give each tensor, changes dtype or device."""
         own = next((t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), torch.empty(0))
         probe = own.new_empty(1)
         there = fn(probe)
@@ -77,8 +86,49 @@ class QuantizedModel(nn.Module):
             change = f"{probe.dtype} on {probe.device} to {there.dtype} on {there.device}"
             hint = "move the float model, then quantize it there"
             raise IncError(f"a converted model cannot go from {change}", hint=hint)
-        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return new
+
+    def __copy__(self) -> QuantizedModel:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotPickled("a converted model")
 
     def extra_repr(self) -> str:
         r = self.report
         return f"{r.method} on {r.backend}: {len(r.kernels)} operators in int8 kernels, {len(r.floats)} float"
+
+
+def _no_training() -> IncError:
+    return IncError("a converted model cannot be trained", hint="train the float model, then quantize it again")
+
+
+# ------------------------------------------------------------------------------- models that hold quantized layers
+def all_or_nothing(model: nn.Module) -> None:
+    """Let `train`, `to`, `half`, ... of a model, or of a part of it, ask its `QuantizedModel`s before anything changes.
+
+    A part of them refuses; its siblings would be in another dtype by then, and the model would not run any more.
+    """
+    for module in model.modules():
+        if not isinstance(module, QuantizedModel) and any(isinstance(m, QuantizedModel) for m in module.modules()):
+            for name, method in (("train", _train), ("_apply", _apply_to_all)):
+                module.__dict__.setdefault(name, types.MethodType(method, module))
+
+
+def _train(self: nn.Module, mode: bool = True) -> nn.Module:
+    if mode:
+        raise _no_training()
+    return type(self).train(self, mode)
+
+
+def _apply_to_all(self: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+    for module in self.modules() if recurse else ():
+        if isinstance(module, QuantizedModel):
+            module.check_move(fn)
+    return type(self)._apply(self, fn, recurse)

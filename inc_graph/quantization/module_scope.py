@@ -21,8 +21,9 @@ from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.finish import finish, no_data, observers_of
 from inc_graph.quantization.leaf import Captures, Leaf, form_of, is_layer, unfit
-from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.model import QuantizedModel, all_or_nothing
 from inc_graph.quantization.names import warn_prefixes
+from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.recipe import Recipe, WhereRule, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 from inc_graph.utils.progress import progress
@@ -136,6 +137,7 @@ def _leaf(
     if not quantized:
         return None
     result.graph.meta["inc"]["bytes_before"] = attribute_bytes(module)
+    refuse_pickling(result.graph)
     return Leaf(result.graph, form, names[0], module)
 
 
@@ -221,10 +223,8 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     with progress("convert", len(found)) as step:
         for leaf, observers in watched.items():
             step(leaf.path)
-            reason = None
-            if leaf.extra_call:
-                reason = "it is called with more than its input"
-            elif not all(o.elements for o in observers):
+            reason = leaf.reason
+            if reason is None and not all(o.elements for o in observers):
                 reason = "no calibration data reached it: it was never called, or only with empty inputs"
                 missing.append(leaf.path)
             if reason is not None:
@@ -253,6 +253,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
         model = copy.deepcopy(model, memo)
     model.__dict__.pop(_MARK, None)
     no_batches(model)
+    all_or_nothing(model)
     report.timings = list(timings.items())
     report.bytes_after = attribute_bytes(model)
     model.__dict__["report" if not hasattr(model, "report") else "quantization_report"] = report

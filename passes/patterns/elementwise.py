@@ -25,14 +25,13 @@ def _add(node: fx.Node) -> str | None:
     return _two_tensors(node)
 
 
-register_pattern(
-    OpPattern("add", (aten.add.Tensor,), role="follower", inputs=(0, 1), modules=(torch.add, operator.add), check=_add)
-)
-register_pattern(
-    OpPattern(
-        "mul", (aten.mul.Tensor,), role="follower", inputs=(0, 1), modules=(torch.mul, operator.mul), check=_two_tensors
-    )
-)
+_ADD = (torch.add, operator.add, operator.iadd)
+_MUL = (torch.mul, torch.multiply, operator.mul, operator.imul)
+_POOL = tuple(f"{kind}AvgPool{dims}d" for kind in ("", "Adaptive") for dims in (1, 2, 3))
+_POOL_FUNCTIONS = tuple(f"{kind}avg_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3))
+
+register_pattern(OpPattern("add", (aten.add.Tensor,), role="follower", inputs=(0, 1), modules=_ADD, check=_add))
+register_pattern(OpPattern("mul", (aten.mul.Tensor,), role="follower", inputs=(0, 1), modules=_MUL, check=_two_tensors))
 register_pattern(
     OpPattern(
         "avg_pool",
@@ -46,6 +45,10 @@ register_pattern(
             aten.mean.dim,
         ),
         role="follower",
-        modules=(torch.nn.AvgPool2d, torch.nn.AdaptiveAvgPool2d, torch.mean),
+        modules=(
+            *(getattr(torch.nn, name) for name in _POOL),
+            *(getattr(torch.nn.functional, name) for name in _POOL_FUNCTIONS),
+            torch.mean,
+        ),
     )
 )

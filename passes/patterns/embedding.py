@@ -13,6 +13,6 @@ register_pattern(
         (aten.embedding.default,),
         inputs=(),
         weight=0,
-        modules=(nn.Embedding, nn.functional.embedding),
+        modules=(nn.Embedding, nn.functional.embedding, torch.embedding),
     )
 )

@@ -13,7 +13,7 @@ register_pattern(
         "matmul",
         (aten.matmul.default, aten.mm.default, aten.bmm.default),
         inputs=(0, 1),
-        modules=(torch.matmul, torch.mm, torch.bmm, operator.matmul),
+        modules=(torch.matmul, torch.mm, torch.bmm, torch.linalg.matmul, operator.matmul),
     )
 )
 register_pattern(OpPattern("addmm", (aten.addmm.default,), inputs=(1, 2), modules=(torch.addmm,)))

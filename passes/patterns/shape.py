@@ -1,6 +1,7 @@
 """Operators that move values without changing them: their output keeps the scale of their input."""
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from inc_graph.oppattern import OpPattern, argument, register_pattern
@@ -52,17 +53,50 @@ _SELECT = (
     aten.channel_shuffle.default,
 )
 
+_NAMED_SELECT = (
+    torch.nn.PixelShuffle, torch.nn.PixelUnshuffle, torch.nn.ChannelShuffle, F.pixel_shuffle, F.pixel_unshuffle,
+    F.channel_shuffle, torch.select, torch.narrow, torch.index_select, torch.flip, torch.roll, torch.tile,
+    torch.repeat_interleave, torch.gather,
+)  # fmt: skip
+_NAMED_POOL = (
+    torch.nn.MaxPool1d, torch.nn.MaxPool2d, torch.nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+)  # fmt: skip
+_NAMED_RESHAPE = (
+    torch.nn.Flatten, torch.nn.Unflatten, torch.reshape, torch.flatten, torch.unflatten, torch.permute,
+    torch.transpose, torch.swapaxes, torch.t, torch.movedim, torch.squeeze, torch.unsqueeze, torch.clone,
+)  # fmt: skip
 register_pattern(
-    OpPattern("reshape", _RESHAPE, role="carrier", modules=(torch.reshape, torch.flatten, torch.nn.Flatten))
+    OpPattern(
+        "reshape",
+        _RESHAPE,
+        role="carrier",
+        modules=_NAMED_RESHAPE,
+    )
 )
-register_pattern(OpPattern("select", _SELECT, role="carrier", modules=(torch.nn.PixelShuffle,)))
-register_pattern(OpPattern("pad", (aten.pad.default,), role="carrier", modules=(torch.nn.functional.pad,), check=_pad))
+register_pattern(
+    OpPattern(
+        "select",
+        _SELECT,
+        role="carrier",
+        modules=_NAMED_SELECT,
+    )
+)
+register_pattern(
+    OpPattern(
+        "pad",
+        (aten.pad.default,),
+        role="carrier",
+        modules=(torch.nn.ZeroPad1d, torch.nn.ZeroPad2d, torch.nn.ZeroPad3d, F.pad),
+        check=_pad,
+    )
+)
 register_pattern(
     OpPattern(
         "cat",
         (aten.cat.default, aten.stack.default, aten.hstack.default, aten.vstack.default, aten.dstack.default),
         role="carrier",
-        modules=(torch.cat, torch.stack, torch.hstack, torch.vstack, torch.dstack),
+        modules=(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack, torch.dstack),
     )
 )
 register_pattern(
@@ -70,7 +104,7 @@ register_pattern(
         "max_pool",
         (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
         role="carrier",
-        modules=(torch.nn.MaxPool1d, torch.nn.MaxPool2d, torch.nn.MaxPool3d),
+        modules=_NAMED_POOL,
     )
 )
 register_pattern(
@@ -78,6 +112,6 @@ register_pattern(
         "upsample_nearest",
         (aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
         role="carrier",
-        modules=(torch.nn.Upsample,),
+        modules=(torch.nn.Upsample, torch.nn.UpsamplingNearest2d, F.interpolate, F.upsample),
     )
 )

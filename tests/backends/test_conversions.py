@@ -70,6 +70,26 @@ def test_quantize_saturates_at_both_ends() -> None:
         assert torch.equal(quantize_codes(x, p.scale, p.zero_point, dtype), reference(x, p))
 
 
+@pytest.mark.parametrize("p", [QPARAMS[1], QPARAMS[4]], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_quantize_makes_the_same_of_nan_when_it_is_compiled(p: Params, layout: str) -> None:
+    """NaN is the largest code, whichever place it has in the vectors of the two kernels."""
+    nan, inf = float("nan"), float("inf")
+    row = torch.tensor([nan, inf, -inf, 0.3, -nan, -1.0, nan])
+    dtype = getattr(torch, p.qtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(quantize_codes, fullgraph=True, dynamic=True)
+    for columns in (5, 16, 67):
+        x = LAYOUTS[layout](row.repeat(columns)[: 6 * columns].reshape(1, 2, 3, columns))
+        codes = quantize_codes(x, p.scale, p.zero_point, dtype)
+        assert torch.equal(compiled(x, p.scale, p.zero_point, dtype), codes)
+        info = torch.iinfo(dtype)
+        assert (codes[x.isnan()] == info.max).all() and x.isnan().any()
+        assert (codes[x == inf] == info.max).all() and (codes[x == -inf] == info.min).all()
+        finite = x.isfinite()
+        assert torch.equal(codes[finite], reference(x, p)[finite])
+
+
 def test_exact_ties_may_be_rounded_to_the_other_side() -> None:
     """torch's kernel (since 2.9) adds the zero point before it rounds half to even, the reference after it: with an odd
     zero point an exact tie goes the other way. It is still a nearest code."""

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from inc_graph.errors import LoweringError
-from inc_graph.lowering._onednn import Activation, Geometry, Int8Layer, Other
+from inc_graph.lowering._onednn import Activation, Int8Layer, Other
+from inc_graph.lowering._packed import Geometry, PackedWeight
 from inc_graph.qtypes import get_qtype
 from tests.backends.qdq import Builder, Params, assert_close, calls, layers, lower, run_both
 
@@ -187,7 +188,7 @@ class Conv:
 @st.composite
 def convolutions(draw: st.DrawFn, dims: int) -> Case:
     kind = draw(st.sampled_from(["plain", "depthwise", "grouped"]))
-    groups = 1 if kind == "plain" else draw(st.integers(2, 6))
+    groups = 1 if kind == "plain" else draw(st.integers(2, 12))
     inner = 1 if kind == "depthwise" else draw(st.integers(1, 9))
     outer = draw(st.integers(1, 3 if kind != "plain" else 20)) * groups
     numbers = st.lists(st.integers(1, 3), min_size=dims, max_size=dims)
@@ -526,19 +527,22 @@ def test_two_layers_with_one_weight_give_it_back_once() -> None:
 
 # ---------------------------------------------------------------------------------------------------- the layer object
 def test_combinations_the_kernels_refuse_are_refused_when_the_layer_is_made() -> None:
-    codes, scale = torch.ones(4, 4, 1, 1, 1, dtype=torch.int8), torch.ones(4)
     one = Geometry((1,) * 3, (0,) * 3, (1,) * 3)
+    conv = PackedWeight(torch.ones(4, 4, 1, 1, 1, dtype=torch.int8), torch.ones(4), [1, 4, 3, 3, 3], one)
     with pytest.raises(LoweringError, match=r"conv3d \[4, 4, 1, 1, 1\] \+ sum"):
-        Int8Layer(codes, scale, None, 1.0, 0, one, other=Other("sum"))
+        Int8Layer(conv, None, 1.0, 0, other=Other("sum"))
     with pytest.raises(LoweringError, match="relu"):
-        Int8Layer(codes, scale, None, 1.0, 0, one, Activation("relu"))
+        Int8Layer(conv, None, 1.0, 0, activation=Activation("relu"))
+    linear = PackedWeight(torch.ones(4, 4, dtype=torch.int8), torch.ones(4), [2, 4])
     with pytest.raises(LoweringError, match=r"add \+ gelu"):
-        Int8Layer(codes[..., 0, 0, 0], scale, None, 1.0, 0, activation=Activation("gelu"), other=Other("add"))
+        Int8Layer(linear, None, 1.0, 0, activation=Activation("gelu"), other=Other("add"))
 
 
 def test_bytes_are_those_of_the_packed_weight() -> None:
-    layer = Int8Layer(torch.ones(64, 64, dtype=torch.int8), torch.ones(64), torch.ones(64), 1.0, 0)
+    weight = PackedWeight(torch.ones(64, 64, dtype=torch.int8), torch.ones(64), [8, 64])
+    layer = Int8Layer(weight, torch.ones(64), 1.0, 0)
     assert 64 * 64 + 3 * 64 * 4 <= layer.nbytes() <= 64 * 64 + 4 * 64 * 4
+    assert Int8Layer(weight, torch.ones(64), 1.0, 0, counted=False).nbytes() == 64 * 4
     geometry = Geometry((1, 1), (0, 0), (1, 1))
-    odd = Int8Layer(torch.ones(3, 5, 3, 3, dtype=torch.int8), torch.ones(3), None, 1.0, 0, geometry)
-    assert odd.nbytes() >= 3 * 5 * 9  # oneDNN pads channels to its blocks
+    odd = PackedWeight(torch.ones(3, 5, 3, 3, dtype=torch.int8), torch.ones(3), [1, 5, 9, 9], geometry)
+    assert Int8Layer(odd, None, 1.0, 0).nbytes() >= 3 * 5 * 9  # oneDNN pads channels to its blocks

@@ -19,6 +19,7 @@ from inc_graph.errors import LoweringError
 from inc_graph.export import export
 from inc_graph.lowering import _onednn, _regions
 from inc_graph.lowering._onednn import HAS_OPAQUE, Int8Layer
+from inc_graph.lowering._packed import PackedWeight
 from inc_graph.lowering._regions import NotTraced, Region, for_compile, run_region
 from inc_graph.quantization import StaticQuantConfig, convert, prepare
 
@@ -108,7 +109,7 @@ def test_torch_compile_takes_the_regions() -> None:
 def layer(**more: Any) -> Int8Layer:
     w = torch.randint(-127, 128, (8, 8), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     out = _onednn.Output(torch.uint8, 0.1, 100)
-    return Int8Layer(w, torch.full((8,), 0.01), None, 0.1, 100, output=out, **more)
+    return Int8Layer(PackedWeight(w, torch.full((8,), 0.01), [4, 8]), None, 0.1, 100, output=out, **more)
 
 
 def graph_of(build: Any) -> fx.GraphModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -411,6 +412,54 @@ def test_pixels_are_data() -> None:
     assert reads(gm, "conv2d") == 1
 
 
+@pytest.mark.parametrize(
+    ("f", "x"),
+    [
+        (lambda m, x: m.a(x.float() / 255), torch.randint(256, (3, 4))),
+        (lambda m, x: m.a((x.float() / 255).view(-1, 4).flip(0)), torch.randint(256, (3, 2, 2))),  # moved
+        (lambda m, x: m.a(F.one_hot(x, 4).float()), torch.randint(4, (3,))),
+        (lambda m, x: m.a(x.float()), torch.ones(3, 4, dtype=torch.bool)),
+        (lambda m, x: m.a((x > 0).float()), ROWS),
+        (lambda m, x: m.a(torch.cat([(x / 9).cos(), (x / 9).sin()], -1)), torch.randint(99, (3, 2))),  # steps in time
+        (lambda m, x: m.a(torch.fft.fft(x).real), ROWS),
+    ],
+)
+def test_what_a_layer_with_a_weight_reads_is_data(f: Callable[..., Tensor], x: Tensor) -> None:
+    assert reads(annotated(f, x, **layers("a")), "linear") == 1
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda m, x: m.a(torch.arange(4).float()[None] / 4 + torch.zeros_like(x)),
+        lambda m, x: m.a(torch.arange(x.shape[0] * 4).view(-1, 4).float()),
+        lambda m, x: m.a(m.table),
+    ],
+)
+def test_constants_are_no_data_unless_the_reader_is_named(f: Callable[..., Tensor]) -> None:
+    more: dict[str, Any] = {"table": torch.rand(3, 4), **layers("a")}
+    assert NOT_DATA in why_float(annotated(f, ROWS, **more), "linear")
+    assert NOT_DATA in why_float(annotated(f, ROWS, plan=recipe(kind("linear", INT8)), **more), "linear")
+    assert reads(annotated(f, ROWS, plan=recipe(name("a", INT8)), **more), "linear") == 1
+
+
+def test_a_name_does_not_overrule_what_cannot_be() -> None:
+    plan = recipe(name("matmul", INT8), name("linear", INT8))
+    gm = annotated(lambda m, i: (i @ i, F.linear(i.float(), m.w)), torch.ones(4, 4, dtype=torch.int64), plan=plan,
+                   w=nn.Parameter(torch.full((4, 4), float("nan"))))  # fmt: skip
+    assert "not floating point" in why_float(gm, "matmul") and "NaN" in why_float(gm, "linear")
+    mask = torch.ones(2, 5, 5, dtype=torch.bool)
+    gm = annotated(lambda m, x, k: k.float() @ x, SEQUENCE, mask, plan=recipe(name("matmul", INT8)))
+    assert reads(gm, "matmul") == 2
+
+
+def test_positions_times_frequencies_are_no_layer() -> None:
+    """Written as a product with a constant matrix, which becomes a linear layer."""
+    at = torch.arange(5)[:, None]
+    gm = annotated(lambda m, at: (at.float() @ m.frequency).cos(), at, frequency=torch.rand(1, 4))
+    assert NOT_DATA in why_float(gm, "linear")
+
+
 def test_integers_are_never_quantized() -> None:
     gm = annotated(lambda m, i: (i @ i, torch.cat([i, i]).view(-1)), torch.ones(2, 2, dtype=torch.int64))
     assert not groups(gm) and "not floating point" in why_float(gm, "matmul")
@@ -554,7 +603,53 @@ def test_unused_rules_are_named() -> None:
 def test_used_rules_are_quiet() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnusedRuleWarning)
-        annotated(lambda m, x: m.a(x).relu(), ROWS, plan=recipe(name("a"), kind("relu")), **layers("a"))
+        annotated(lambda m, x: m.a(x).relu(), ROWS, plan=recipe(name("a"), kind("linear")), **layers("a"))
+
+
+@pytest.mark.parametrize("where", [kind("relu"), kind("torch.nn.modules.activation.ReLU"), name("act")])
+def test_a_rule_for_an_activation_function_alone_has_no_effect(where: Any) -> None:
+    model = Do(lambda m, x: m.act(m.a(x)), act=nn.ReLU(), **layers("a"))
+    with pytest.warns(UnusedRuleWarning, match="no effect by itself: an activation function is part of the operator"):
+        gm = annotate(model, ROWS, plan=recipe(where)).graph
+    assert reads(gm, "linear") == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "f", "op"),
+    [
+        (F.relu, lambda m, x: F.relu(m.c(x)), "relu"),
+        (F.relu6, lambda m, x: F.relu6(m.c(x)), "hardtanh"),
+        (F.hardtanh, lambda m, x: F.hardtanh(m.c(x)), "hardtanh"),
+        (F.silu, lambda m, x: F.silu(m.c(x)), "silu"),
+        (F.gelu, lambda m, x: F.gelu(m.c(x)), "gelu"),
+        (F.hardswish, lambda m, x: F.hardswish(m.c(x)), "hardswish"),
+        (F.leaky_relu, lambda m, x: F.leaky_relu(m.c(x)), "leaky_relu"),
+        (F.max_pool2d, lambda m, x: m.c(F.max_pool2d(x, 2)), "max_pool"),
+        (F.adaptive_avg_pool2d, lambda m, x: m.c(F.adaptive_avg_pool2d(m.c(x), 2)), "avg_pool"),
+        (F.avg_pool2d, lambda m, x: m.c(F.avg_pool2d(m.c(x), 2)), "avg_pool"),
+        (F.conv2d, lambda m, x: m.c(x), "conv2d"),
+        (F.linear, lambda m, x: m.a(x.flatten(2)[:, :, :4]), "linear"),
+        (F.interpolate, lambda m, x: m.c(F.interpolate(x, scale_factor=2)), "upsample_nearest"),
+        (F.pixel_shuffle, lambda m, x: F.pixel_shuffle(m.c(x), 2), "select"),
+        (torch.flip, lambda m, x: torch.flip(m.c(x), [2]), "select"),
+        (torch.transpose, lambda m, x: m.c(x.transpose(2, 3)), "reshape"),
+        (torch.add, lambda m, x: m.c(m.c(x) + x), "add"),
+        (operator.add, lambda m, x: m.c(m.c(x) + x), "add"),
+        (operator.iadd, lambda m, x: m.c(m.c(x) + x), "add"),
+        (torch.mul, lambda m, x: m.c(m.c(x) * x), "mul"),
+        (operator.mul, lambda m, x: m.c(m.c(x) * x), "mul"),
+    ],
+)
+def test_functions_name_the_type_of_their_operator(function: Any, f: Callable[..., Tensor], op: str) -> None:
+    plan = recipe(kind(names_of_type(function)[1]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gm = annotated(f, IMAGE, plan=plan, c=nn.Conv2d(4, 4, 1), a=nn.Linear(4, 4))
+    spoken_of = [
+        p.name for n in gm.graph.nodes if (p := pattern_of(n)) is not None and plan.rules[1].where.matches(n, p)
+    ]
+    assert spoken_of and set(spoken_of) == {op}
+    assert not any("matched no operator" in str(w.message) for w in caught)
 
 
 @pytest.mark.parametrize(
