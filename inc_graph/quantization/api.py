@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import fx, nn
@@ -19,11 +19,13 @@ from inc_graph.input_mean import MeanObserver
 from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization import module_scope
-from inc_graph.quantization.config import BaseConfig
+from inc_graph.quantization.base_config import BaseConfig
+from inc_graph.quantization.composable import as_config
 from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
+from inc_graph.quantization.predicates import bind_predicates, layers_of, operators_of
 from inc_graph.quantization.trial import why_refused
 from inc_graph.recipe import Recipe, set_recipe
 from inc_graph.registry import BACKENDS
@@ -36,7 +38,7 @@ __all__ = ["convert", "finalize_calibration", "prepare", "quantize"]
 
 def prepare(
     model: nn.Module | ExportedProgram,
-    quant_config: BaseConfig,
+    quant_config: BaseConfig | Mapping[str, Any],
     inplace: bool = True,
     example_inputs: Any = None,
     *,
@@ -47,7 +49,8 @@ def prepare(
 
     Args:
         model: A graph from `export`, an `ExportedProgram`, or any module in eval mode.
-        quant_config: What to quantize; it is not changed.
+        quant_config: What to quantize; it is not changed. A dictionary {algorithm: {"global": {field: value}, "local":
+            {name: {field: value}}}} stands for a config.
         inplace: For a graph from `export`: True turns that graph into the prepared one, False leaves it bit-identical.
             An eager module that is exported here is never changed; one that is prepared layer by layer is, with True.
         example_inputs: Tuple, tensor or dict; with them an eager module is exported, without them its layers are
@@ -63,10 +66,7 @@ def prepare(
     Raises:
         ConfigError, CaptureError, PassError: nothing has been changed then.
     """
-    if not isinstance(quant_config, BaseConfig):
-        raise ConfigError(
-            f"quant_config must be a config, not {quant_config!r}", hint="for example StaticQuantConfig()"
-        )
+    quant_config = as_config(quant_config)
     if isinstance(model, ExportedProgram):
         model, example_inputs, dynamic_shapes = export(model, example_inputs, dynamic_shapes), None, None
     return _prepare(unwrap(model), quant_config, inplace, example_inputs, dynamic_shapes, backend)
@@ -86,10 +86,13 @@ def _prepare(
     if note:
         warnings.warn(note, IncWarning, stacklevel=3)
     recipe = quant_config.recipe(name, BACKENDS.get(name).supported())
+    asked = quant_config.predicates()
     if _is_ours(model):
-        return _prepare_graph(cast(fx.GraphModule, model), recipe, inplace)
+        gm = cast(fx.GraphModule, model)
+        return _prepare_graph(gm, bind_predicates(recipe, asked, operators_of(gm)), inplace)
+    layers = bind_predicates(recipe, asked, layers_of(model))
     if example_inputs is None:
-        return module_scope.prepare(model, recipe, inplace)
+        return module_scope.prepare(model, layers, inplace)
     args, kwargs = example_call(model, example_inputs)
     try:
         with progress("export") as step:
@@ -103,8 +106,8 @@ def _prepare(
             hint = "example_inputs must be what the model is called with"
             message = f"{type(model).__name__} does not take the example inputs: {why}"
             raise CaptureError(message, module=e.module, hint=hint) from refusal
-        return _fall_back(model, recipe, inplace, e)
-    return _prepare_graph(graph, recipe, inplace=True)
+        return _fall_back(model, layers, inplace, e)
+    return _prepare_graph(graph, bind_predicates(recipe, asked, operators_of(graph)), inplace=True)
 
 
 def _is_ours(model: nn.Module) -> bool:
@@ -163,7 +166,7 @@ def _refuse_nothing(gm: fx.GraphModule) -> None:
 
 def convert(
     model: nn.Module,
-    quant_config: BaseConfig | None = None,
+    quant_config: BaseConfig | Mapping[str, Any] | None = None,
     inplace: bool = True,
     *,
     backend: str | None = None,
@@ -205,15 +208,18 @@ def convert(
         raise ConfigError(
             "the model is not prepared", hint="prepared = prepare(model, config), run data, then convert(prepared)"
         )
-    raise ConfigError(
-        f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
-        hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
-    )
+    quant_config = as_config(quant_config)
+    if quant_config.needs_calibration:
+        raise ConfigError(
+            f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
+            hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
+        )
+    return convert(prepare(model, quant_config, inplace, backend=backend or "auto"), inplace=inplace)
 
 
 def quantize(
     model: nn.Module | ExportedProgram,
-    quant_config: BaseConfig,
+    quant_config: BaseConfig | Mapping[str, Any],
     run_fn: Callable[..., Any] | None = None,
     run_args: Any = None,
     inplace: bool = True,
@@ -231,6 +237,9 @@ def quantize(
         ConfigError: if `run_fn` is missing though the method needs calibration data.
         Whatever `run_fn` raises: the model is as it was then.
     """
+    quant_config = as_config(quant_config)
+    if run_fn is None and not quant_config.needs_calibration:
+        run_fn = _no_data
     if run_fn is None:
         raise ConfigError(
             "this method needs calibration data", hint="pass run_fn, a function that runs data through the model"
@@ -249,6 +258,10 @@ def quantize(
         if module_scope.is_prepared(prepared):
             module_scope.undo(prepared)
         raise
+
+
+def _no_data(model: nn.Module) -> None:
+    """Calibration of a method that needs none."""
 
 
 def finalize_calibration(model: nn.Module) -> None:

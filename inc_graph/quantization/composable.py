@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from inc_graph.errors import ConfigError
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.fields import Field
+from inc_graph.recipe import Recipe, WhereRule
 from inc_graph.registry import CONFIGS
 
-__all__ = ["ComposableConfig"]
+__all__ = ["ComposableConfig", "as_config"]
+
+
+def as_config(value: Any) -> BaseConfig:
+    """A config; a dictionary {algorithm: {"global": ..., "local": ...}} becomes one.
+
+    Raises:
+        ConfigError: it is neither, or the dictionary has a mistake; names it.
+    """
+    if isinstance(value, BaseConfig):
+        return value
+    if isinstance(value, Mapping):
+        found = ComposableConfig.from_dict(value)
+        return found.config_list[0] if len(found.config_list) == 1 else found
+    raise ConfigError(f"quant_config must be a config, not {value!r}", hint="for example StaticQuantConfig()")
 
 
 class ComposableConfig(BaseConfig):
@@ -104,6 +120,47 @@ class ComposableConfig(BaseConfig):
         self, config_list: Sequence[BaseConfig] | None = None, model_info: Iterable[tuple[str, str]] | None = None
     ) -> OrderedDict[Any, Any]:
         return super().to_config_mapping(self._configs if config_list is None else config_list, model_info)
+
+    # ------------------------------------------------------------------------------------------------------ as a recipe
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """Whether one of the methods does."""
+        return any(c.needs_calibration for c in self._configs)
+
+    def _ranked(self) -> list[BaseConfig]:
+        """In rising priority; where two claim an operator in the same way, the later rule wins."""
+        return sorted(self._configs, key=lambda c: c.priority)
+
+    def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
+        """One recipe of all configs.
+
+        Raises:
+            NotImplementedError: if this version does not have one of the algorithms, or cannot do them in one model.
+            ConfigError: if there is no config.
+        """
+        if not self._configs:
+            raise ConfigError("an empty composition says nothing", hint="add a config to it")
+        recipes = [c.recipe(backend, supported) for c in self._ranked()]
+        if len({(r.prepare, r.convert) for r in recipes}) > 1:
+            methods = ", ".join(dict.fromkeys(r.method for r in recipes))
+            raise NotImplementedError(f"this version does not do {methods} in one model")
+        return replace(recipes[0], rules=self.rules())
+
+    def _sections(self) -> list[tuple[BaseConfig, tuple[WhereRule, ...]]]:
+        """Each config with its rules; the float rule of one with a white list counts only if nobody speaks of all."""
+        found = [(c, c.rules()) for c in self._ranked()]
+        return sorted(found, key=lambda pair: pair[0].white_list == "*")
+
+    def rules(self) -> tuple[WhereRule, ...]:
+        return tuple(rule for _, rules in self._sections() for rule in rules)
+
+    def predicates(self) -> dict[int, Callable[[Any], Any]]:
+        found: dict[int, Callable[[Any], Any]] = {}
+        at = 0
+        for config, rules in self._sections():
+            found.update({at + i: predicate for i, predicate in config.predicates().items()})
+            at += len(rules)
+        return found
 
     def __copy__(self) -> ComposableConfig:
         return ComposableConfig(self._configs)

@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from inc_graph.errors import ConfigError
 from inc_graph.graph import module_type, val
 from inc_graph.oppattern import OperatorInfo, argument, pattern_of
+from inc_graph.quantization.leaf import is_layer
 from inc_graph.recipe import Recipe, operator_name
+from inc_graph.registry import PATTERNS
 
-__all__ = ["bind_predicates", "operators_of"]
+__all__ = ["bind_predicates", "layers_of", "operators_of"]
 
 
 def operators_of(gm: fx.GraphModule) -> list[OperatorInfo]:
@@ -27,6 +29,19 @@ def operators_of(gm: fx.GraphModule) -> list[OperatorInfo]:
         sizes = None if shape is None else tuple(int(d) for d in shape if isinstance(d, int))
         kind = (module_type(node) or "").rpartition(".")[2]
         found.append(OperatorInfo(operator_name(node, pattern), pattern.name, kind, sizes))
+    return found
+
+
+def layers_of(model: nn.Module) -> list[OperatorInfo]:
+    """Every layer of a module that is quantized layer by layer."""
+    found = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not is_layer(module):
+            continue
+        weight = module._parameters.get("weight")
+        sizes = None if weight is None else tuple(weight.shape)
+        op = next((name for name, p in PATTERNS.items() if type(module) in p.modules), type(module).__name__)
+        found.append(OperatorInfo(path, op, type(module).__name__, sizes))
     return found
 
 
