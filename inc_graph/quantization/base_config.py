@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from torch import nn
 
 from inc_graph.errors import ConfigError
-from inc_graph.quantization.fields import Field
+from inc_graph.quantization.fields import DEFAULT_WHITE_LIST, Field
+from inc_graph.quantization.mapping import config_mapping
 from inc_graph.quantization.where import check_key, key_from_text, key_to_text, shown, where_of
 from inc_graph.recipe import OpQuant, Recipe, Where, WhereRule
 from inc_graph.registry import CONFIGS
 
 __all__ = ["DEFAULT_WHITE_LIST", "BaseConfig", "OperatorConfig", "register_config"]
 
-DEFAULT_WHITE_LIST = "*"
 _OF_UPSTREAM = ("non_tunable_params", "_is_initialized", "_json_file")  # in its files; they say nothing
 
 C = TypeVar("C", bound="BaseConfig")
@@ -72,6 +72,7 @@ class BaseConfig:
     params_list: ClassVar[list[str]] = []
     non_tunable_params: ClassVar[list[str]] = ["white_list"]
     needs_calibration: ClassVar[bool] = True
+    _composition: ClassVar[Any] = None  # ComposableConfig, which is a config itself
     _mark: ClassVar[dict[str, Any]] = {"_is_initialized": True}
 
     if TYPE_CHECKING:  # the fields are in a table
@@ -318,9 +319,7 @@ class BaseConfig:
         """Both configs, in a new `ComposableConfig`; neither is changed."""
         if not isinstance(other, BaseConfig):
             return NotImplemented
-        from inc_graph.quantization.composable import ComposableConfig
-
-        return ComposableConfig([self]) + other
+        return self._composition([self, other])
 
     # ---------------------------------------------------------------------------------------------------------- tuning
     def is_set(self) -> bool:
@@ -387,8 +386,6 @@ class BaseConfig:
             config_list: Configs in rising importance; None: this one.
             model_info: From `get_model_info`.
         """
-        from inc_graph.quantization.mapping import config_mapping
-
         return config_mapping([self] if config_list is None else list(config_list), list(model_info or ()))
 
     # ------------------------------------------------------------------------------------------------------ as a recipe

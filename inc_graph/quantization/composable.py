@@ -167,3 +167,6 @@ class ComposableConfig(BaseConfig):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposableConfig:
         return ComposableConfig(copy.deepcopy(self._configs, memo))
+
+
+BaseConfig._composition = ComposableConfig

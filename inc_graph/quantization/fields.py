@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
-    "Check", "Field", "a_bool", "a_choice", "a_dict", "a_list", "a_number", "a_string", "an_int", "anything", "either",
+    "DEFAULT_WHITE_LIST", "Check", "Field", "a_bool", "a_choice", "a_dict", "a_list", "a_number", "a_string", "an_int",
+    "anything", "either",
 ]  # fmt: skip
+
+DEFAULT_WHITE_LIST = "*"
+"""White list of a config that is for every operator."""
 
 Check = Callable[[Any], "str | None"]
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from inc_graph.oppattern import OperatorInfo
-from inc_graph.quantization.base_config import DEFAULT_WHITE_LIST, BaseConfig
+from inc_graph.quantization.fields import DEFAULT_WHITE_LIST
+from inc_graph.quantization.where import is_predicate
 from inc_graph.recipe import names_of_type
 
 __all__ = ["config_for", "config_mapping", "rank_of"]
@@ -31,20 +32,16 @@ def rank_of(key: Any, path: str, kind: str) -> float | None:
         return 1 if key == kind else None  # neural_compressor takes the name of a class for the class
     if isinstance(key, type) or getattr(key, "__module__", "") is None:
         return 1 if kind in names_of_type(key) else None
-    from inc_graph.quantization.where import is_predicate
-
     if is_predicate(key):
         return 2 if key(OperatorInfo(path, kind, kind)) else None
     return 1 if kind in names_of_type(key) else None
 
 
-def config_for(config: BaseConfig, path: str, kind: str) -> BaseConfig | None:
+def config_for(config: Any, path: str, kind: str) -> Any:
     """The config that the module at `path` gets; None if none speaks of it (it is outside of the white list)."""
     everything = config.white_list == DEFAULT_WHITE_LIST
-    found: list[tuple[float, int, BaseConfig]] = []
-    settings: list[tuple[Any, BaseConfig]] = (
-        [] if everything else [(key, config.global_config) for key in config.white_list]
-    )
+    found: list[tuple[float, int, Any]] = []
+    settings: list[tuple[Any, Any]] = [] if everything else [(key, config.global_config) for key in config.white_list]
     settings += list(config.local_config.items())
     for i, (key, inner) in enumerate(settings):
         if (rank := rank_of(key, path, kind)) is not None:
@@ -55,16 +52,14 @@ def config_for(config: BaseConfig, path: str, kind: str) -> BaseConfig | None:
     return max(found, key=lambda entry: entry[:2])[2] if found else None
 
 
-def config_mapping(
-    configs: Sequence[BaseConfig], model_info: Sequence[tuple[str, str]]
-) -> OrderedDict[tuple[str, str], BaseConfig]:
+def config_mapping(configs: Sequence[Any], model_info: Sequence[tuple[str, str]]) -> OrderedDict[tuple[str, str], Any]:
     """(path, class name) -> config, for each module that a config speaks of.
 
     Args:
         configs: Later ones win, unless a lower priority or a float setting stands against an earlier one.
         model_info: (path, class name) of each module.
     """
-    mapping: OrderedDict[tuple[str, str], BaseConfig] = OrderedDict()
+    mapping: OrderedDict[tuple[str, str], Any] = OrderedDict()
     for path, kind in model_info:
         claims = [(c, found) for c in configs if (found := config_for(c, path, kind)) is not None]
         quantizing = [(c, found) for c, found in claims if not found.leaves_float()]
