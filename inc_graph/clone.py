@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from inc_graph.collector import collector_paused
+
 
 def _copy_json(value: Any) -> Any:
     if isinstance(value, dict):
@@ -76,6 +78,7 @@ def _share_code(gm: fx.GraphModule, new: fx.GraphModule, graph: fx.Graph) -> Non
     type(new).forward = type(gm).forward
 
 
+@collector_paused()
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph module that can be edited freely: own graph, annotations and attribute tables, but the same tensors.
 
@@ -90,9 +93,8 @@ def adopt(dst: fx.GraphModule, src: fx.GraphModule) -> fx.GraphModule:
     if dst is src:
         return dst
     keep = {k: v for k, v in dst.__dict__.items() if k in ("_tracer_cls", "_tracer_extras")}
-    graph = src.graph
     dst.__dict__.clear()
     dst.__dict__.update(src.__dict__)
     dst.__dict__.update(keep)
-    dst.graph = graph
+    _share_code(src, dst, src.graph)
     return dst

@@ -24,14 +24,15 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from inc_graph.clone import adopt, clone, copy_graph
+from inc_graph.collector import collector_paused
 from inc_graph.errors import IncError
 
 __all__ = [
-    "LEVELS", "Fuel", "adopt", "clone", "copy_graph", "current_fuel", "current_pass", "dtype", "editing", "erase_dead",
-    "fake_call", "get_attr", "get_level", "get_tensor", "inc_meta", "insert_call", "insert_get_attr", "insert_module",
-    "is_contiguous", "is_float", "module_path", "module_type", "mutated_attrs", "peek_meta", "replace_uses",
-    "set_level", "set_module", "set_tensor", "shape", "storage_key", "take_fuel", "unique_name", "users_of", "val",
-    "written_args",
+    "LEVELS", "Fuel", "adopt", "clone", "code_later", "copy_graph", "current_fuel", "current_pass", "dtype",
+    "editing", "erase_dead", "fake_call", "get_attr", "get_level", "get_tensor", "inc_meta", "insert_call",
+    "insert_get_attr", "insert_module", "is_contiguous", "is_float", "module_path", "module_type", "mutated_attrs",
+    "peek_meta", "replace_uses", "set_level", "set_module", "set_tensor", "shape", "storage_key", "take_fuel",
+    "unique_name", "users_of", "val", "written_args",
 ]  # fmt: skip
 
 LEVELS = ("float", "annotated", "observed", "qdq", "lowered")
@@ -53,6 +54,7 @@ class Fuel:
 
 _PASS: contextvars.ContextVar[str | None] = contextvars.ContextVar("inc_pass", default=None)
 _FUEL: contextvars.ContextVar[Fuel | None] = contextvars.ContextVar("inc_fuel", default=None)
+_CODE_LATER: contextvars.ContextVar[bool] = contextvars.ContextVar("inc_code_later", default=False)
 
 
 @contextlib.contextmanager
@@ -64,6 +66,16 @@ def editing(pass_name: str | None = None, fuel: Fuel | None = None) -> Iterator[
     finally:
         _PASS.reset(tokens[0])
         _FUEL.reset(tokens[1])
+
+
+@contextlib.contextmanager
+def code_later() -> Iterator[None]:
+    """Within the block `erase_dead` generates no code: whoever opened it recompiles once, after the last edit."""
+    token = _CODE_LATER.set(True)
+    try:
+        yield
+    finally:
+        _CODE_LATER.reset(token)
 
 
 def current_fuel() -> Fuel | None:
@@ -368,10 +380,11 @@ def replace_uses(old: fx.Node, new: fx.Node, only: Iterable[fx.Node] | None = No
     return len(users)
 
 
+@collector_paused()
 def erase_dead(gm: fx.GraphModule) -> bool:
     """Remove nodes without effect, then attributes and submodules nobody reads; recompile. True if a node went.
 
-    Linear, but over the whole graph: call it once, at the end of a pass.
+    Linear, but over the whole graph: call it once, at the end of a pass. Within `code_later` it does not recompile.
     """
     changed = gm.graph.eliminate_dead_code()
     used = {n.target for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
@@ -381,7 +394,8 @@ def erase_dead(gm: fx.GraphModule) -> bool:
             name = name.rpartition(".")[0]
             roots.add(name)
     _prune(gm, "", used, roots)
-    gm.recompile()
+    if not _CODE_LATER.get():
+        gm.recompile()
     return changed
 
 

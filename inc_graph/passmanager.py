@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from inc_graph.errors import IncError, PassError
-from inc_graph.graph import Fuel, current_fuel, editing, get_level
+from inc_graph.graph import Fuel, code_later, current_fuel, editing, get_level
 from inc_graph.registry import PASSES
 from inc_graph.text import diff, to_text
 from inc_graph.verify import verify
@@ -109,11 +109,13 @@ class Pipeline:
         *,
         verify_each: bool | None = None,
         on_pass: Callable[[str], None] = lambda name: None,
+        recompile: bool = True,
     ) -> PipelineResult:
         """Run the passes in order. PassError names the pass that failed and the ones before it.
 
         `verify_each` (default: `INC_VERIFY=1`) checks the graph, and that a pass which reports no change made none.
-        `on_pass` is told the name of each pass before it runs.
+        `on_pass` is told the name of each pass before it runs. Code is generated once, after the last pass, and not at
+        all without `recompile`: the graph that comes back is to be recompiled before it is run.
         """
         checking = os.environ.get("INC_VERIFY") == "1" if verify_each is None else verify_each
         dump = _Dump(os.environ.get("INC_DUMP"), gm)
@@ -126,7 +128,7 @@ class Pipeline:
             start = time.perf_counter()
             try:
                 _check_requires(p, gm)
-                with editing(p.name, fuel):
+                with editing(p.name, fuel), code_later():
                     result = p.run(gm)
                 seconds = time.perf_counter() - start
                 _check_result(p, gm, result)
@@ -145,6 +147,8 @@ class Pipeline:
             reports.append(result.report)
             timings.append((p.name, seconds))
             dump.write(p.name, gm)
+        if recompile:
+            gm.recompile()
         return PipelineResult(gm, reports, timings)
 
 

@@ -152,10 +152,10 @@ def with_activations(
     found = {n.name: n for n in gm.graph.nodes if (p := pattern_of(n)) is not None and p.role == "activation"}
     gone = {name for name, node in found.items() if (name, node.target) not in left}
     lines = [line for line in floats if line.name not in gone]
-    known = {line.name for line in lines}
+    told = gone.union(line.name for line in lines)
     for name, node in found.items():
         source = node.args[0] if node.args else None
-        if name not in gone | known and isinstance(source, fx.Node) and source.name in kernels and _computes(node):
+        if name not in told and isinstance(source, fx.Node) and source.name in kernels and _computes(node):
             detail = "the kernel before it does not compute it"
             lines.append(OpLine(name, module_path(node), _type_of(node), detail))
     return lines

@@ -52,12 +52,24 @@ class OneDnnContext(Context):
     numbers: dict[fx.Node, QParams | None] = field(default_factory=dict)
     promised: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # layer call -> value it took the place of
     weights: dict[Any, PackedWeight] = field(default_factory=dict)  # packed by now: what tells them apart -> weight
+    offset: dict[fx.Node, bool] = field(default_factory=dict)  # codes -> what `asymmetric` found before any was lowered
 
     def qparams(self, node: fx.Node) -> QParams | None:
         """Of a quantize or dequantize node, if it is static and per tensor in an 8-bit integer format."""
         if node not in self.numbers:
             self.numbers[node] = self._read(node)
         return self.numbers[node]
+
+    def asymmetric(self, codes: fx.Node) -> bool:
+        """Whether some layer that reads these codes has an input with another zero point than 0.
+
+        Asked once for all of them: the layers that are lowered read the codes no more.
+        """
+        if codes not in self.offset:
+            inputs = [argument(user, 0) for read in codes.users for user in read.users]
+            found = [self.qparams(x) for x in inputs if isinstance(x, fx.Node) and is_dequantize(x)]
+            self.offset[codes] = any(p is not None and (p.zero_point != 0 or p.dtype != torch.uint8) for p in found)
+        return self.offset[codes]
 
     def _read(self, node: fx.Node) -> QParams | None:
         scale, zero, block, qtype = (argument(node, i) for i in range(1, 5))
@@ -105,11 +117,8 @@ def weight_of(c: OneDnnContext, layer: fx.Node, axis: int) -> Weight | str:
     q, s = get_tensor(c.gm, codes), get_tensor(c.gm, scale).reshape(-1)
     if q.device.type != "cpu":
         return f"its weight is on {q.device}; the kernel runs on the CPU"
-    inputs = [argument(user, 0) for read in codes.users for user in read.users]
-    found = [c.qparams(x) for x in inputs if isinstance(x, fx.Node) and is_dequantize(x)]
-    asymmetric = any(p is not None and (p.zero_point != 0 or p.dtype != torch.uint8) for p in found)
     scales = s.float().expand(q.shape[axis]).contiguous()
-    return Weight(q, scales, str(codes.target), str(scale.target), asymmetric)
+    return Weight(q, scales, str(codes.target), str(scale.target), c.asymmetric(codes))
 
 
 def bias_of(c: OneDnnContext, layer: fx.Node) -> torch.Tensor | str | None:

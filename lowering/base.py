@@ -156,7 +156,7 @@ class Backend(ABC):
             _offer(claim, context, report)
             work.graph.eliminate_dead_code()
         for node in asked:
-            if not node._erased and node.name not in {**report.missed, **context.absorbed}:
+            if not (node._erased or node.name in report.missed or node.name in context.absorbed):
                 report.missed[node.name] = (module_path(node), self._no_kernel(node))
         self.finish(context)
         erase_dead(work)

@@ -186,6 +186,20 @@ def test_run(gm: fx.GraphModule) -> None:
     assert "ms  test-swap: 3 matched, 0 missed" in text and "note: a note" in text
 
 
+def test_code_is_generated_once_at_the_end(gm: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    times, recompile = [], fx.GraphModule.recompile
+    monkeypatch.setattr(fx.GraphModule, "recompile", lambda self: (times.append(self), recompile(self))[1])
+    x = torch.tensor([0.3, 2.0])
+    before = gm(x)
+    out = Pipeline((SwapTrig(), SwapTrig())).run(gm).graph
+    assert times == [out]
+    assert not torch.equal(out(x), before)
+    Pipeline((SwapTrig(), SwapTrig())).run(gm, recompile=False)
+    assert times == [out]
+    SwapTrig().run(gm)
+    assert len(times) == 2
+
+
 def test_report_text() -> None:
     report = PassReport(["a"], [("b", "has two users")], ["n"], "fold")
     assert str(report) == "fold: 1 matched, 1 missed\n  missed b: has two users\n  note: n"

@@ -67,7 +67,7 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
         observer.calculate_qparams()  # raises, with the names
     pipeline = Pipeline.parse(recipe.convert)
     with progress("convert", len(pipeline.passes) + 1, show) as step:
-        result = pipeline.run(_fresh(observed), on_pass=step)
+        result = pipeline.run(_fresh(observed), on_pass=step, recompile=False)  # the Q-DQ graph itself does not run
         step(f"lower to {name}")
         start = time.perf_counter()
         target = BACKENDS.get(name)

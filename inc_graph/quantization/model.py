@@ -27,6 +27,11 @@ class QuantizedModel(nn.Module):
     other tensors are shared. The model stays on its device, in its dtypes and in eval mode: kernels hold constants that
     cannot follow. It can be copied and not be pickled.
 
+    Args:
+        qdq: Taken over: not to be used by anyone else afterwards. Need not be recompiled.
+        lowered: What a backend made of it.
+        packed, for_compile: See `inc_graph.lowering.base.Lowered.packed` and `Backend.for_compile`.
+
     Attributes:
         report: What was quantized, what runs in which kernel, what stayed float and why.
         backend: Name of the backend that `forward` runs on.
@@ -44,10 +49,9 @@ class QuantizedModel(nn.Module):
         self.report = report
         self.backend = report.backend
         self._packed = packed
-        skeleton = clone(qdq)
         for name in packed:
-            skeleton.register_buffer(name, torch.empty(0, dtype=torch.int8))  # stands for what the backend has packed
-        self._qdq = [skeleton]  # not a submodule: its tensors are those of the lowered graph, or packed in it
+            qdq.register_buffer(name, torch.empty(0, dtype=torch.int8))  # stands for what the backend has packed
+        self._qdq = [qdq]  # not a submodule: its tensors are those of the lowered graph, or packed in it
         self.lowered = lowered
         self._for_compile = [for_compile or lowered]  # the same tensors once more: not a submodule either
         self.eval()
@@ -64,6 +68,7 @@ class QuantizedModel(nn.Module):
         own_mutated(gm)
         for name, codes in self._packed.items():
             gm.register_buffer(name, codes())
+        gm.recompile()
         return gm
 
     def train(self, mode: bool = True) -> QuantizedModel:
