@@ -68,6 +68,14 @@ def test_predicates(scope: str) -> None:
     assert int8(config.set_local(nn.Linear, c.StaticQuantConfig()), scope) == {"conv", "fc1", "fc10"}
 
 
+def test_functions_without_a_module_are_predicates() -> None:
+    names: dict[str, Any] = {}
+    exec("def all_of_them(operator): return True", names)
+    assert names["all_of_them"].__module__ is None
+    assert c.StaticQuantConfig().set_local(names["all_of_them"], FLOAT).predicates()
+    assert not c.StaticQuantConfig().set_local(torch.matmul, FLOAT).predicates()
+
+
 def test_the_recipe_says_what_a_predicate_took() -> None:
     x = torch.randn(2, 3, 6, 6)
     prepared = prepare(export(Net().eval(), (x,)), c.StaticQuantConfig().set_local(is_wide, FLOAT))

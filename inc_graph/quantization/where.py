@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,9 @@ def is_predicate(key: Any) -> bool:
     if any(key is known for _, pattern in PATTERNS.items() for known in pattern.modules):
         return False
     home = getattr(key, "__module__", None)
-    return not (home is None or home.partition(".")[0] in ("torch", "_operator", "operator", "math"))
+    if home is None:  # compiled functions such as torch.matmul, or Python ones that were made without a module
+        return isinstance(key, types.FunctionType)
+    return home.partition(".")[0] not in ("torch", "_operator", "operator", "math")
 
 
 def shown(key: Any) -> str:
