@@ -1,6 +1,79 @@
-"""Device and backend detection, progress bars."""
+"""Device and backend detection, progress bars, modules by name, what is installed."""
 
 from inc_graph.utils.device import choose_backend, detect_device, is_ipex_imported
+from inc_graph.utils.environment import (
+    get_ipex_version,
+    get_torch_version,
+    get_used_cpu_mem_MB,
+    get_used_hpu_mem_MB,
+    is_hpex_available,
+    is_hpu_available,
+    is_ipex_available,
+    is_numba_available,
+    is_optimum_available,
+    is_optimum_habana_available,
+    is_package_available,
+    is_tbb_available,
+    is_transformers_imported,
+)
+from inc_graph.utils.modules import (
+    WHITE_MODULE_LIST,
+    fetch_module,
+    forward_wrapper,
+    get_attr,
+    get_block_names,
+    get_model_device,
+    get_model_info,
+    get_module,
+    get_non_persistent_buffers,
+    load_non_persistent_buffers,
+    move_input_device,
+    set_attr,
+    set_module,
+    to_device,
+    to_dtype,
+)
+from inc_graph.utils.processor import (
+    ProcessorType,
+    detect_processor_type_based_on_hw,
+    get_processor_type_from_user_config,
+)
 from inc_graph.utils.progress import progress
 
-__all__ = ["choose_backend", "detect_device", "is_ipex_imported", "progress"]
+__all__ = [
+    "WHITE_MODULE_LIST",
+    "ProcessorType",
+    "choose_backend",
+    "detect_device",
+    "detect_processor_type_based_on_hw",
+    "fetch_module",
+    "forward_wrapper",
+    "get_attr",
+    "get_block_names",
+    "get_ipex_version",
+    "get_model_device",
+    "get_model_info",
+    "get_module",
+    "get_non_persistent_buffers",
+    "get_processor_type_from_user_config",
+    "get_torch_version",
+    "get_used_cpu_mem_MB",
+    "get_used_hpu_mem_MB",
+    "is_hpex_available",
+    "is_hpu_available",
+    "is_ipex_available",
+    "is_ipex_imported",
+    "is_numba_available",
+    "is_optimum_available",
+    "is_optimum_habana_available",
+    "is_package_available",
+    "is_tbb_available",
+    "is_transformers_imported",
+    "load_non_persistent_buffers",
+    "move_input_device",
+    "progress",
+    "set_attr",
+    "set_module",
+    "to_device",
+    "to_dtype",
+]
