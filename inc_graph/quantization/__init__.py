@@ -37,6 +37,8 @@ from inc_graph.quantization.config import (
     get_woq_tuning_config,
 )
 from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.tuning import autotune
+from inc_graph.quantization.tuning_config import TuningConfig
 
 __all__ = [
     "AWQConfig",
@@ -55,6 +57,8 @@ __all__ = [
     "SmoothQuantConfig",
     "StaticQuantConfig",
     "TEQConfig",
+    "TuningConfig",
+    "autotune",
     "convert",
     "finalize_calibration",
     "get_all_config_set",

@@ -1,0 +1,254 @@
+"""autotune: order, tolerance, metrics, failures, what is returned, and that nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from inc_graph.common.base_tuning import ConfigSet, Evaluator, Sampler, TuningConfig
+from inc_graph.errors import ConfigError, IncError, IncWarning
+from inc_graph.export import export
+from inc_graph.quantization import GPTQConfig, RTNConfig, StaticQuantConfig, autotune
+
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+ACT = ["minmax", "percentile", "kl"]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", IncWarning)
+        yield
+
+
+def run(prepared: nn.Module) -> None:
+    prepared(X)
+
+
+def tune(model: nn.Module, scores: list[float], **kwargs: Any) -> nn.Module:
+    """Tuned with given scores: that of the float model first."""
+    left = iter(scores)
+    fields = {k: kwargs.pop(k) for k in list(kwargs) if k in TuningConfig.__dataclass_fields__}
+    fields.setdefault("config_set", [StaticQuantConfig(act_algo=a) for a in ACT])
+    kwargs.setdefault("example_inputs", (X,))
+    return autotune(model, TuningConfig(**fields), lambda m: next(left), run_fn=run, **kwargs)
+
+
+def algos(result: Any) -> list[str]:
+    return [t.config.act_algo for t in result.trials]
+
+
+def test_the_first_that_is_good_enough(model: nn.Module) -> None:
+    q = tune(model, [1.0, 0.9, 0.995, 2.0])
+    assert algos(q.tuning) == ACT[:2] and q.tuning.best is q.tuning.trials[1]
+    assert q.tuning.reason == "a config meets the tolerance"
+    assert q.report.kernels or q.report.reference
+
+
+def test_the_best_where_none_is(model: nn.Module) -> None:
+    with pytest.warns(IncWarning, match=r"no config met the tolerance: the best score is 0.9, wanted >= 0.99"):
+        q = tune(model, [1.0, 0.5, 0.9, 0.7])
+    assert q.tuning.best.config.act_algo == "percentile" and q.tuning.reason == "all configs are tried"
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores", "tried"),
+    [
+        ({}, [0.0, -0.1, 0.0], 2),  # a share of nothing: no loss at all
+        ({}, [-10.0, -10.2, -10.05], 2),
+        ({"higher_is_better": False}, [20.0, 21.0, 20.1], 2),
+        ({"higher_is_better": False}, [-5.0, -4.9, -4.96], 2),
+        ({"relative": False, "tolerable_loss": 0.5}, [0.0, -0.6, -0.5], 2),
+        ({"tolerable_loss": -0.1}, [1.0, 1.05, 1.1], 2),
+        ({}, [1.0, math.nan, 1.0], 2),
+    ],
+)
+def test_tolerance(model: nn.Module, fields: Any, scores: list[float], tried: int) -> None:
+    q = tune(model, scores, **fields)
+    assert len(q.tuning.trials) == tried and q.tuning.best is q.tuning.trials[-1] and q.tuning.best.accepted
+
+
+def test_nan_is_worst(model: nn.Module) -> None:
+    with pytest.warns(IncWarning, match="no config met"):
+        q = tune(model, [1.0, math.nan, 0.1, math.nan])
+    assert q.tuning.best is q.tuning.trials[1]
+    with pytest.raises(ConfigError, match="float model is NaN"):
+        tune(model, [math.nan])
+
+
+def test_limits(model: nn.Module) -> None:
+    with pytest.warns(IncWarning, match="no config met"):
+        q = tune(model, [1.0, 0.1, 0.2, 0.3], max_trials=2)
+    assert len(q.tuning.trials) == 2 and q.tuning.reason == "max_trials=2 is reached"
+    with pytest.warns(IncWarning, match="no config met"):
+        q = tune(model, [1.0, 0.1, 0.2], timeout=1e-9)
+    assert len(q.tuning.trials) == 1 and q.tuning.reason == "timeout=1e-09 s is over"
+
+
+class Backwards(Sampler):
+    def __iter__(self) -> Iterator[int]:
+        yield from reversed(range(len(self.config_source)))
+        yield 0
+
+
+def test_own_sampler(model: nn.Module) -> None:
+    with pytest.warns(IncWarning, match="no config met"):
+        q = tune(model, [1.0, 0.1, 0.2, 0.3], sampler=Backwards)
+    assert algos(q.tuning) == ACT[::-1]
+    with pytest.raises(ConfigError, match="the sampler gave 7; there are 3 configs"):
+        tune(model, [1.0], sampler=lambda configs: [7])
+
+
+def test_configs_are_expanded_and_tried_once(model: nn.Module) -> None:
+    config = StaticQuantConfig(act_algo=["minmax", "kl"])
+    given_ = [config, StaticQuantConfig(act_algo="kl"), [StaticQuantConfig()]]
+    before = copy.deepcopy(given_)
+    assert [c.act_algo for c in ConfigSet(given_)] == ["minmax", "kl"]
+    with pytest.warns(IncWarning, match="no config met"):
+        q = tune(model, [1.0, 0.1, 0.2], config_set=given_)
+    assert len(q.tuning.trials) == 2 and given_ == before
+
+
+@pytest.mark.parametrize("inputs", [(X,), None])
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_model_is_not_changed_and_its_weights_not_copied(model: nn.Module, graph: bool, inputs: Any) -> None:
+    source = export(model, (X,)) if graph else model
+    state = {k: (v.data_ptr(), v.clone()) for k, v in source.state_dict().items()}
+    want, kind = source(X), type(source)
+    with pytest.warns(IncWarning, match="no config met"):
+        tune(source, [1.0, 0.1, 0.2, 0.3], example_inputs=inputs)
+    assert type(source) is kind and torch.equal(source(X), want)
+    for name, value in source.state_dict().items():
+        assert value.data_ptr() == state[name][0] and torch.equal(value, state[name][1])
+
+
+def test_what_cannot_be_applied_is_a_failed_trial(model: nn.Module) -> None:
+    q = tune(model, [1.0, 1.0], config_set=[GPTQConfig(), StaticQuantConfig()])
+    failed, good = q.tuning.trials
+    assert "gptq" in failed.error and failed.score is None and good.accepted and q.tuning.best is good
+    assert failed.error in " ".join(str(q.tuning).split()) or "gptq" in str(q.tuning)
+    with pytest.raises(IncError, match=r"none of 1 configs could be applied: .*gptq"):
+        tune(model, [1.0], config_set=GPTQConfig())
+
+
+def test_errors_of_the_user_come_through(model: nn.Module) -> None:
+    def broken(*args: Any) -> float:
+        raise KeyError("mine")
+
+    config = TuningConfig(StaticQuantConfig())
+    with pytest.raises(KeyError, match="mine"):
+        autotune(model, config, broken, run_fn=run)
+    with pytest.raises(KeyError, match="mine"):
+        autotune(model, config, lambda m: 1.0, run_fn=broken)
+    with pytest.raises(IncError, match="captured for"):  # an error of ours, but raised by what the user runs
+        autotune(model, config, lambda m: 1.0, run_fn=run, example_inputs=(X[:3],))
+    with pytest.raises(ConfigError, match="the metric 'bad' gave 'high', not a number"):
+        autotune(model, config, {"eval_fn": lambda m: "high", "name": "bad"}, run_fn=run)
+
+
+def test_arguments(model: nn.Module) -> None:
+    seen = []
+
+    def evaluate(m: nn.Module, x: Tensor, factor: float) -> float:
+        seen.append(factor)
+        return float(m(x).abs().mean()) * factor
+
+    def calibrate(prepared: nn.Module, x: Tensor) -> None:
+        prepared(x)
+
+    config = TuningConfig(StaticQuantConfig(), tolerable_loss=0.1)
+    q = autotune(model, config, evaluate, (X, 2.0), calibrate, (X,), (X,))
+    assert seen == [2.0, 2.0] and q.tuning.best.milliseconds > 0
+
+
+def test_dynamic_shapes(model: nn.Module) -> None:
+    batch = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=2)},)}
+    q = tune(model, [1.0, 1.0], example_inputs=(X[:3],), **batch)
+    assert q(X[:5]).shape == (5, 4)
+    for source, inputs in ((export(model, (X,)), (X,)), (model, None)):
+        with pytest.raises(ConfigError, match="dynamic_shapes cannot be used here"):
+            tune(source, [1.0], example_inputs=inputs, **batch)
+
+
+def test_several_metrics(model: nn.Module) -> None:
+    accuracy = {"eval_fn": lambda m: 0.8, "weight": 0.5, "name": "accuracy"}
+    cost = {"eval_fn": lambda m: torch.tensor(3.0), "weight": -0.1}
+    assert Evaluator([accuracy, cost]).evaluate(model) == pytest.approx(0.1)
+    assert Evaluator(accuracy).evaluate(model) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("eval_fn", "message"),
+    [
+        (None, "needs an eval_fn"),
+        (3, r"eval_fn\[0\] must be a function"),
+        ([{"eval_fn": abs}, {"fn": abs}], r"eval_fn\[1\] has unknown entries \['fn'\]"),
+        ({"eval_fn": abs, "weight": "a"}, r"weight of eval_fn\[0\]"),
+        ({"weight": 1.0}, r"eval_fn\[0\] must be a function"),
+    ],
+)
+def test_bad_metrics(model: nn.Module, eval_fn: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        autotune(model, TuningConfig(StaticQuantConfig()), eval_fn, run_fn=run)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"config_set": 3}, "config_set takes configs, not 3"),
+        ({"config_set": []}, "no config to try"),
+        ({"tolerable_loss": math.nan}, "tolerable_loss must be a finite number"),
+        ({"tolerable_loss": "1%"}, "tolerable_loss must be"),
+        ({"max_trials": 0}, "max_trials must be"),
+        ({"timeout": -1}, "timeout must be"),
+        ({"relative": 1}, "relative must be"),
+        ({"sampler": 3}, "sampler must be"),
+    ],
+)
+def test_bad_fields(fields: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TuningConfig(**fields)
+
+
+def test_no_config(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="tune_config must be a TuningConfig"):
+        autotune(model, StaticQuantConfig(), lambda m: 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="config_set"):
+        autotune(model, TuningConfig(), lambda m: 1.0)
+
+
+numbers = st.floats(-1e6, 1e6)
+
+
+@given(baseline=numbers, score=numbers, loss=st.floats(0, 2), relative=st.booleans(), up=st.booleans())
+def test_tolerance_is_a_threshold(baseline: float, score: float, loss: float, relative: bool, up: bool) -> None:
+    """What is at least as good as the float model is accepted, and what is better than an accepted score."""
+    config = TuningConfig(RTNConfig(), tolerable_loss=loss, relative=relative, higher_is_better=up)
+    assert config.accepts(baseline, baseline)
+    better = max(baseline, score) if up else min(baseline, score)
+    assert config.accepts(better, baseline)
+    mirrored = TuningConfig(RTNConfig(), tolerable_loss=loss, relative=relative, higher_is_better=not up)
+    assert config.accepts(score, baseline) == mirrored.accepts(-score, -baseline)
+
+
+def test_table(model: nn.Module) -> None:
+    q = tune(model, [1.0, 0.5, 1.0])
+    text = str(q.tuning)
+    assert "tuning: a config meets the tolerance" in text and "best, accepted" in text and ">= 0.99" in text
+    front = q.tuning.pareto()
+    assert q.tuning.best in front and all(t.score is not None for t in front)
