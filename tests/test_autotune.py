@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from inc_graph.common import options
 from inc_graph.common.base_tuning import ConfigSet, Evaluator, Sampler, TuningConfig
 from inc_graph.errors import ConfigError, IncError, IncWarning
 from inc_graph.export import export
 from inc_graph.quantization import GPTQConfig, RTNConfig, StaticQuantConfig, autotune
+from inc_graph.quantization.journal import fingerprint
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 ACT = ["minmax", "percentile", "kl"]
@@ -252,3 +255,70 @@ def test_table(model: nn.Module) -> None:
     assert "tuning: a config meets the tolerance" in text and "best, accepted" in text and ">= 0.99" in text
     front = q.tuning.pareto()
     assert q.tuning.best in front and all(t.score is not None for t in front)
+
+
+# ---------------------------------------------------------------------------------------------------------- the journal
+def test_an_interrupted_search_goes_on(model: nn.Module, tmp_path: Path) -> None:
+    journal, calls = tmp_path / "new" / "autotune.jsonl", []
+
+    def evaluate(m: nn.Module) -> float:
+        calls.append(m)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {1: 1.0, 2: 0.9, 4: 0.5, 5: 0.7}[len(calls)]
+
+    config = TuningConfig([StaticQuantConfig(act_algo=a) for a in ACT], journal=journal)
+    with pytest.raises(KeyboardInterrupt):
+        autotune(model, config, evaluate, run_fn=run)
+    assert len(journal.read_text().splitlines()) == 2
+    with journal.open("a") as file:
+        file.write('{"config": "cut o')  # as if the machine had stopped
+    with pytest.warns(IncWarning, match="the best score is 0.9"):
+        q = autotune(model, config, evaluate, run_fn=run)
+    assert len(calls) == 5 and [t.score for t in q.tuning.trials] == [0.9, 0.5, 0.7]
+    assert q.tuning.best is q.tuning.trials[0] and q(X).shape == (64, 4) and q.tuning.baseline == 1.0
+    config.tolerable_loss = 0.2
+    q = autotune(model, config, evaluate, run_fn=run)
+    assert len(calls) == 5 and q.tuning.best.accepted and len(q.tuning.trials) == 1
+
+
+def test_the_folder_of_the_process(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tune(model, [1.0, 1.0])
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(options, "_workspace", "work")
+    tune(model, [1.0, 1.0])
+    assert Path("work/autotune.jsonl").exists()
+    monkeypatch.setattr(options, "resume_from", "work")
+    tune(model, [])
+
+
+def test_a_lambda_is_tried_again(model: nn.Module, tmp_path: Path) -> None:
+    config = StaticQuantConfig().set_local(lambda o: o.name == "0", StaticQuantConfig(w_dtype="fp32"))
+    for scores in ([1.0, 1.0], [1.0]):
+        q = tune(model, scores, config_set=config, journal=tmp_path / "j")
+        assert q.tuning.best.accepted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hello", "not a journal"),
+        ("hello\n", "line 1 is not JSON"),
+        ("[1]\n", "not a journal of autotune in format 1"),
+        ('{"format": 1, "model": "x", "baseline": 1}\n', "journal of another model"),
+    ],
+)
+def test_other_files_are_refused_and_kept(model: nn.Module, tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "j"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        tune(model, [1.0], journal=file)
+    assert file.read_text() == text
+
+
+def test_fingerprints(model: nn.Module) -> None:
+    other = copy.deepcopy(model)
+    assert fingerprint(other) == fingerprint(model)
+    other[0].weight[0, 0] += 1e-3
+    assert fingerprint(other) != fingerprint(model) != fingerprint(nn.ReLU())

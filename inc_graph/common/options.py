@@ -40,6 +40,11 @@ class Options:
     def workspace(self, value: str) -> None:
         self._workspace = value
 
+    @property
+    def folder(self) -> str | None:
+        """Where an earlier run is gone on with, or where the user wants files; None if neither was said."""
+        return self.resume_from or self._workspace
+
     def __repr__(self) -> str:
         return (
             f"Options(random_seed={self.random_seed}, workspace={self._workspace!r}, "

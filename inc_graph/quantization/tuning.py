@@ -6,17 +6,20 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from inc_graph.common.logger import TuningLogger, logger
+from inc_graph.common.options import options
 from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning
 from inc_graph.export import example_call, export
 from inc_graph.quantization.api import quantize
 from inc_graph.quantization.base_config import BaseConfig
+from inc_graph.quantization.journal import Journal
 from inc_graph.quantization.tuning_config import ConfigLoader, Evaluator, TuningConfig
 from inc_graph.report import attribute_bytes
 from inc_graph.utils.progress import progress
@@ -159,25 +162,40 @@ def autotune(
     more = _arguments(eval_args)
     TuningLogger.tuning_start()
     start = time.perf_counter()
-    baseline = evaluator.evaluate(model, *more)
+    journal = _journal(tune_config, model)
+    known = None if journal is None else journal.baseline
+    baseline = evaluator.evaluate(model, *more) if known is None else known
     if baseline != baseline:
         raise ConfigError("the score of the float model is NaN, so nothing can be compared to it")
     result = TuningResult(baseline, tune_config.limit(baseline), tune_config.higher_is_better)
+    if journal is not None:
+        journal.begin(baseline)
     source, inputs = _exported(model, example_inputs, dynamic_shapes)
     best: nn.Module | None = None
     with progress("autotune", min(len(configs.config_set), tune_config.max_trials)) as step:
         for config in _until_done(configs, tune_config, result, start):
             step(str(config))
-            trial, found = _try(len(result.trials), config, source, inputs, example_inputs, run_fn, run_args,
-                                lambda q: evaluator.evaluate(q, *more), tune_config, baseline)  # fmt: skip
+            noted = None if journal is None else journal.known(config)
+            found = None
+            if noted is not None:
+                trial = Trial(len(result.trials), config, **noted)
+            else:
+                trial, found = _try(len(result.trials), config, source, inputs, example_inputs, run_fn, run_args,
+                                    lambda q: evaluator.evaluate(q, *more))  # fmt: skip
+                if journal is not None and trial.score is not None:  # what failed may work once its cause is gone
+                    journal.note(config, {k: getattr(trial, k) for k in _NOTED})
+            if trial.score is not None:
+                trial = replace(trial, accepted=tune_config.accepts(trial.score, baseline))
             result.trials.append(trial)
             if trial.score is not None and _improves(trial, result.best, evaluator):
                 result.best, best = trial, found
             del found
     TuningLogger.tuning_end()
-    if best is None or result.best is None:
+    if result.best is None:
         reasons = "; ".join(dict.fromkeys(t.error for t in result.trials))
         raise IncError(f"none of {len(result.trials)} configs could be applied: {reasons}")
+    if best is None:  # it comes from the journal
+        best = quantize(source, result.best.config, run_fn, run_args, inplace=False, example_inputs=inputs)
     logger.info("%s", result)
     if not result.best.accepted:
         text = f"no config met the tolerance: the best score is {result.best.score:.6g}, wanted {result._sign} "
@@ -213,7 +231,7 @@ def _until_done(
 
 def _try(
     index: int, config: BaseConfig, source: nn.Module, inputs: Any, example_inputs: Any, run_fn: Any, run_args: Any,
-    evaluate: Callable[[nn.Module], float], tune_config: TuningConfig, baseline: float,
+    evaluate: Callable[[nn.Module], float],
 ) -> tuple[Trial, nn.Module | None]:  # fmt: skip
     TuningLogger.trial_start(index)
     start = time.perf_counter()
@@ -225,11 +243,19 @@ def _try(
         logger.warning("trial %s, %s: %s", index, config, e)
         return Trial(index, config, error=str(e).splitlines()[0], seconds=time.perf_counter() - start), None
     score = evaluate(q_model)
-    accepted = tune_config.accepts(score, baseline)
     ms = None if example_inputs is None else _milliseconds(q_model, example_inputs)
     TuningLogger.trial_end(index)
     seconds = time.perf_counter() - start
-    return Trial(index, config, score, accepted, attribute_bytes(q_model), ms, seconds), q_model
+    return Trial(index, config, score, bytes=attribute_bytes(q_model), milliseconds=ms, seconds=seconds), q_model
+
+
+_NOTED = ("score", "bytes", "milliseconds", "seconds")  # of a trial, in the journal
+
+
+def _journal(tune_config: TuningConfig, model: nn.Module) -> Journal | None:
+    if tune_config.journal is not None:
+        return Journal(tune_config.journal, model)
+    return None if options.folder is None else Journal(Path(options.folder) / "autotune.jsonl", model)
 
 
 class _FromUser(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +186,9 @@ class TuningConfig:
             then), or a difference of scores.
         higher_is_better: Whether a larger score is better.
         timeout: Seconds after which no other trial is begun, None for no limit.
+        journal: A file that each trial is written to at once. If it is there, what it holds is not tried again, so that
+            an interrupted search goes on. Default: `autotune.jsonl` in the folder given to
+            `inc_graph.common.set_resume_from` or `set_workspace`; without any of them nothing is written.
 
     Raises:
         ConfigError: a field has a value that makes no sense; names it.
@@ -197,6 +201,7 @@ class TuningConfig:
     relative: bool = True
     higher_is_better: bool = True
     timeout: float | None = None
+    journal: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.config_set is not None:
@@ -208,6 +213,8 @@ class TuningConfig:
             _check("timeout", self.timeout, "seconds, more than 0, or None", lambda v: v > 0)
         if isinstance(self.max_trials, bool) or not isinstance(self.max_trials, int) or self.max_trials < 1:
             raise ConfigError(f"max_trials must be a whole number from 1 on, not {self.max_trials!r}")
+        if self.journal is not None and not isinstance(self.journal, str | os.PathLike):
+            raise ConfigError(f"journal must be the path of a file, not {self.journal!r}")
         for name in ("relative", "higher_is_better"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
