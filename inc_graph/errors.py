@@ -19,6 +19,7 @@ __all__ = [
     "LoweringError",
     "PassError",
     "PatternError",
+    "SavedModelError",
     "SpecError",
     "UnknownNameError",
     "UnusedRuleWarning",
@@ -90,6 +91,10 @@ class VerifyError(IncError):
 
 class LoweringError(IncError):
     """A backend could not lower a graph."""
+
+
+class SavedModelError(IncError, ValueError):
+    """A saved model is damaged, foreign, newer than this version, or not for this machine; or cannot be saved."""
 
 
 class UnknownNameError(IncError, KeyError):

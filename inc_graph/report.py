@@ -14,12 +14,13 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from inc_graph.errors import ConfigError
 from inc_graph.graph import get_attr, module_path, peek_meta
 from inc_graph.oppattern import pattern_of
 
@@ -72,6 +73,22 @@ class Report:
         """JSON-able form."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, data: Any) -> Report:
+        """Inverse of `to_json`. ConfigError that names the field if the data is not of that form."""
+        names = {f.name: f for f in fields(cls)}
+        if not isinstance(data, dict) or set(data) != set(names):
+            raise ConfigError(f"a report has the fields {sorted(names)}")
+        report = cls(**data)
+        for name in ("kernels", "reference", "floats"):
+            setattr(report, name, [_line(name, x) for x in _listed(name, data[name])])
+        report.timings = [_timing(x) for x in _listed("timings", data["timings"])]
+        _listed("notes", data["notes"])
+        for name, kind in (("method", str), ("backend", str), ("bytes_before", int), ("bytes_after", int)):
+            if not isinstance(data[name], kind):
+                raise ConfigError(f"Report.{name} cannot be {data[name]!r}"[:120])
+        return report
+
     def __str__(self) -> str:
         from rich.console import Console
 
@@ -100,6 +117,27 @@ class Report:
         table.add_section()
         table.add_row("bytes", f"{self.bytes_after:,}", f"{share} of {self.bytes_before:,}")
         return Group(table, *(f"note: {n}" for n in self.notes))
+
+
+def _listed(name: str, data: Any) -> list[Any]:
+    if not isinstance(data, list):
+        raise ConfigError(f"Report.{name} must be a list")
+    return data
+
+
+def _line(name: str, data: Any) -> OpLine:
+    keys = [f.name for f in fields(OpLine)]
+    if not isinstance(data, dict) or set(data) != set(keys) or not all(isinstance(v, str) for v in data.values()):
+        raise ConfigError(f"Report.{name}: a line has the texts {keys}")
+    return OpLine(**data)
+
+
+def _timing(data: Any) -> tuple[str, float]:
+    if not isinstance(data, list | tuple) or len(data) != 2 or not isinstance(data[0], str):
+        raise ConfigError("Report.timings: an entry is a pass and its seconds")
+    if not isinstance(data[1], int | float):
+        raise ConfigError("Report.timings: an entry is a pass and its seconds")
+    return data[0], float(data[1])
 
 
 def _grouped(lines: list[OpLine]) -> dict[tuple[str, str], list[OpLine]]:

@@ -106,10 +106,10 @@ def weight_of(c: OneDnnContext, layer: fx.Node, axis: int) -> Weight | str:
     if not is_dequantize(w):
         return "its weight is not quantized"
     codes, scale, zero, block, qtype = (argument(w, i) for i in range(5))
-    if codes.op != "get_attr" or scale.op != "get_attr":
-        return "its weight is not a constant"
     if qtype not in WEIGHTS:
         return f"weights of type {qtype}; the kernel takes int8"
+    if codes.op != "get_attr" or scale.op != "get_attr":
+        return "its weight is not a constant"
     if zero is not None and (zero.op != "get_attr" or bool(get_tensor(c.gm, zero).any())):
         return "asymmetric weights; the kernel takes none with a zero point"
     if any(b not in ((1, -1) if d == axis else (-1,)) for d, b in enumerate(block)):

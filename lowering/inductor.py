@@ -40,10 +40,10 @@ def _check_lookup(c: OneDnnContext, found: Match) -> str | None:
     if not is_dequantize(table):
         return ""
     codes, _, _, block, qtype = table.args[:5]
-    if codes.op != "get_attr":
-        return "its table is not a constant"
     if qtype not in CODES or list(block) != [1, -1]:
         return f"a table of {qtype} in blocks {list(block)}; the kernel takes 8-bit rows"
+    if codes.op != "get_attr":
+        return "its table is not a constant"
     return None
 
 

@@ -2,6 +2,7 @@
 
     value --> observer --> reader     becomes     value --> quantize --> dequantize --> reader
     weight ------------> layer        becomes     carrier --> dequantize --> layer
+                                      below 8 bits  bytes --> unpack --> dequantize --> layer
 
 The output of a carrier gets the pair too, with its input's scale (exact: its values are on that grid already), so every
 reader sees the same form. One weight tensor that several layers share becomes one carrier.
@@ -28,7 +29,8 @@ from inc_graph.graph import (
     storage_key,
 )
 from inc_graph.oppattern import argument, pattern_of, set_arguments
-from inc_graph.ops import DEQUANTIZE, QUANTIZE
+from inc_graph.ops import DEQUANTIZE, QUANTIZE, UNPACK
+from inc_graph.packing import pack
 from inc_graph.passes._codes import Codes, codes_of_weight, needs_zero_point
 from inc_graph.passes._place import Maker
 from inc_graph.passmanager import Pass, PassReport, PassResult
@@ -124,6 +126,15 @@ def _read_params(state: _State, name: str, scale: torch.Tensor, zero: torch.Tens
     return state.make.read(f"{name}_scale", scale), z
 
 
+def _read_codes(state: _State, name: str, codes: Codes, like: fx.Node) -> fx.Node:
+    """The codes of a constant; those of less than 8 bits are kept packed, and unpacked when the graph runs."""
+    qtype = codes.spec.type
+    if qtype.storage_bits >= 8:
+        return state.make.read(name, codes.carrier)
+    packed = state.make.read(name, pack(codes.carrier, qtype))
+    return state.make.call(UNPACK, (packed, qtype.name, list(codes.carrier.shape)), after=packed, like=like)
+
+
 def _pair(state: _State, value: fx.Node, key: str, quant: dict[str, Any]) -> None:
     spec = QSpec.from_json(quant["spec"])
     fake: torch.Tensor = value.meta["val"]
@@ -133,7 +144,7 @@ def _pair(state: _State, value: fx.Node, key: str, quant: dict[str, Any]) -> Non
     if value.op == "get_attr":  # a parameter: quantized now
         tensor = get_tensor(state.gm, value)
         codes = Codes.of(tensor, *(t.reshape((1,) * tensor.ndim) for t in state.groups[group]), spec)
-        q = state.make.read(f"{value.target}_q", codes.carrier)
+        q = _read_codes(state, f"{value.target}_q", codes, value)
     else:
         q = state.make.call(QUANTIZE, (value, *how), after=value, like=value)
     dq = state.make.call(DEQUANTIZE, (q, *how, fake.dtype), after=q, like=value)
@@ -153,7 +164,7 @@ def _weight(state: _State, layer: fx.Node) -> None:
     if identity not in state.weights:
         codes = codes_of_weight(tensor, annotation)
         name = read.target.replace(".", "_")
-        q = state.make.read(f"{name}_q", codes.carrier)
+        q = _read_codes(state, f"{name}_q", codes, layer)
         params = _read_params(state, name, codes.scale, codes.zero_point)
         args = (q, *params, list(codes.spec.block(tensor.ndim)), codes.spec.qtype, tensor.dtype)
         state.weights[identity] = state.make.call(DEQUANTIZE, args, after=q, like=layer)

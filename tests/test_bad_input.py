@@ -147,10 +147,12 @@ def test_nothing_to_quantize(exported: bool) -> None:
 # ------------------------------------------------------------------------------------------------- arguments, configs
 def test_bad_arguments_of_prepare() -> None:
     model, shapes = net(), ({0: torch.export.Dim.DYNAMIC},)
-    for config in (None, {"w_dtype": "int8"}, "int8", StaticQuantConfig):
+    for config in (None, "int8", StaticQuantConfig):
         refused(
             model, ConfigError, "quant_config must be a config", lambda m, c=config: prepare(m, c, example_inputs=x())
         )
+    fields = {"w_dtype": "int8"}  # a dictionary of fields lacks the name of the algorithm
+    refused(model, UnknownNameError, "unknown config 'w_dtype'", lambda m: prepare(m, fields, example_inputs=x()))
     refused(
         model, CaptureError, "must be a tuple, a tensor or a dict, not str", lambda m: prepare(m, CONFIG, True, "abc")
     )

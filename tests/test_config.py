@@ -154,3 +154,14 @@ def test_local_settings_become_rules() -> None:
         ("type", True, "white_list entry add"),
     ]
     assert StaticQuantConfig(white_list=None).white_list == "*"
+
+
+def test_a_config_set_in_itself_ends() -> None:
+    config = StaticQuantConfig(w_dtype="fp32")
+    config.set_local("body", config)
+    assert config.local_config["body"] is not config and not config.local_config["body"].local_config
+    assert config.local_config["body"].w_dtype == "fp32"
+    outer = StaticQuantConfig().set_local("a", config)
+    with pytest.raises(ConfigError, match="set in itself"):
+        config.set_local("b", outer)
+    assert set(config.local_config) == {"body"}

@@ -36,6 +36,7 @@ from inc_graph.quantization.config import (
     get_rtn_double_quant_config_set,
     get_woq_tuning_config,
 )
+from inc_graph.quantization.loading import load, save
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.tuning import autotune
 from inc_graph.quantization.tuning_config import TuningConfig
@@ -79,6 +80,8 @@ __all__ = [
     "get_default_teq_config",
     "get_rtn_double_quant_config_set",
     "get_woq_tuning_config",
+    "load",
     "prepare",
     "quantize",
+    "save",
 ]

@@ -20,7 +20,7 @@ from inc_graph.report import Report, attribute_bytes, read_graph, with_activatio
 from inc_graph.utils.device import choose_backend
 from inc_graph.utils.progress import progress
 
-__all__ = ["finish", "lower", "no_data", "observers_of", "remember_buffers"]
+__all__ = ["assemble", "finish", "lower", "no_data", "observers_of", "remember_buffers"]
 
 INITIAL = "inc_initial"
 
@@ -69,18 +69,32 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
     with progress("convert", len(pipeline.passes) + 1, show) as step:
         result = pipeline.run(_fresh(observed), on_pass=step, recompile=False)  # the Q-DQ graph itself does not run
         step(f"lower to {name}")
-        start = time.perf_counter()
-        target = BACKENDS.get(name)
-        lowered = target.lower(result.graph)
-    facts = observed.meta["inc"]
-    report = Report(recipe.method, name)
-    report.timings = [*map(tuple, facts.get("timings", [])), *result.timings, ("lower", time.perf_counter() - start)]
-    quantized, report.floats = read_graph(result.graph)
+        facts = observed.meta["inc"]
+        timings = [*map(tuple, facts.get("timings", [])), *result.timings]
+        return assemble(result.graph, name, recipe.method, timings, facts.get("bytes_before", 0))
+
+
+def assemble(
+    qdq: fx.GraphModule, backend: str, method: str, timings: list[tuple[str, float]], bytes_before: int
+) -> QuantizedModel:
+    """Lower a Q-DQ graph, which is taken over, and make the model with its report.
+
+    Args:
+        qdq: As `QuantizedModel` wants it.
+        backend: Name of one that can run here.
+        method, timings, bytes_before: For the report.
+    """
+    start = time.perf_counter()
+    target = BACKENDS.get(backend)
+    lowered = target.lower(qdq)
+    report = Report(method, backend, bytes_before=bytes_before)
+    report.timings = [*timings, ("lower", time.perf_counter() - start)]
+    quantized, report.floats = read_graph(qdq)
     kernels, absorbed = lowered.report.kernels, lowered.report.absorbed
     default = (
         "the reference backend has no kernels"
         if target.supported() is None
-        else f"backend '{name}' has no kernel for it"
+        else f"backend '{backend}' has no kernel for it"
     )
     for line in quantized:
         if line.name in kernels:
@@ -91,9 +105,8 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
             _, reason = lowered.report.missed.get(line.name, ("", default))
             report.reference.append(replace(line, detail=reason))
     done = {line.name for line in report.kernels}
-    report.floats = with_activations(report.floats, result.graph, lowered.graph, done)
-    model = QuantizedModel(result.graph, lowered.graph, report, lowered.packed, target.for_compile(lowered.graph))
-    report.bytes_before = facts.get("bytes_before", 0)
+    report.floats = with_activations(report.floats, qdq, lowered.graph, done)
+    model = QuantizedModel(qdq, lowered.graph, report, lowered.packed, target.for_compile(lowered.graph))
     report.bytes_after = attribute_bytes(model)
     return model
 

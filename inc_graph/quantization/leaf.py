@@ -146,6 +146,13 @@ def _bare(module: nn.Module) -> nn.Module:
     return bare
 
 
+def _constant(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """The value of a node that depends on constants only."""
+    if node.op == "get_attr":
+        return get_tensor(gm, node)
+    return node.target(*fx.map_arg(node.args, lambda n: _constant(gm, n)))  # type: ignore[operator]
+
+
 def _autocast_is_on(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to say it of meta
 
@@ -190,6 +197,15 @@ class Leaf(nn.Module):
         if original._parameters.get("bias") is None and hasattr(original, "bias"):
             leaf._facts["bias"] = None  # what bias correction may have added is the kernel's own
         leaf._original = ()
+        return leaf
+
+    @classmethod
+    def loaded(
+        cls, inner: QuantizedModel, form: Form, path: str, original: nn.Module, attributes: dict[str, Any]
+    ) -> Leaf:
+        """A converted leaf from its parts; hooks are those of the float layer that it replaces."""
+        leaf = cls(inner, form, path, original)
+        leaf._facts, leaf._original = attributes, ()
         return leaf
 
     @property
@@ -261,8 +277,7 @@ class Leaf(nn.Module):
         if read is None:
             return None
         if is_dequantize(read):
-            args = fx.map_arg(read.args, lambda n: get_tensor(gm, n))
-            value = read.target(*args)
+            value = _constant(gm, read)
         else:
             value = get_tensor(gm, read)
         return value.t() if name == "weight" and self._facts["transposed"] else value

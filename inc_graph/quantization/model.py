@@ -14,6 +14,7 @@ from inc_graph.capture import own_mutated
 from inc_graph.errors import IncError
 from inc_graph.graph import clone
 from inc_graph.quantization.pickling import NotPickled
+from inc_graph.quantization.saved import destination, save_graph
 from inc_graph.report import Report
 
 __all__ = ["QuantizedModel", "all_or_nothing"]
@@ -25,7 +26,7 @@ class QuantizedModel(nn.Module):
     Weights are kept once, in the form that the backend's kernels read (a table tied to an output head in two: rows to
     look up, and packed). `graph` gives the device-agnostic Q-DQ graph back: what is packed is unpacked at that moment,
     other tensors are shared. The model stays on its device, in its dtypes and in eval mode: kernels hold constants that
-    cannot follow. It can be copied and not be pickled.
+    cannot follow. It can be copied and saved (`save`), and not be pickled.
 
     Args:
         qdq: Taken over: not to be used by anyone else afterwards. Need not be recompiled.
@@ -70,6 +71,24 @@ class QuantizedModel(nn.Module):
             gm.register_buffer(name, codes())
         gm.recompile()
         return gm
+
+    def parts(self) -> tuple[fx.GraphModule, dict[str, Callable[[], torch.Tensor]]]:
+        """(Q-DQ graph, {attribute: function that gives its codes}): what is packed is a placeholder in the graph."""
+        return self._qdq[0], self._packed
+
+    def save(self, checkpoint_dir: Any = "saved_results", format: Any = "default", **options: Any) -> None:
+        """Write the model to a folder that `inc_graph.quantization.load` reads, without the float model and its code.
+
+        Args:
+            checkpoint_dir: The folder. What was saved there before is replaced in one step.
+            format: "default".
+            options: `max_shard_size`: bytes of a file of tensors, as a number or such as "2GB".
+
+        Raises:
+            SavedModelError: the folder cannot be written, or a part of the graph has no form in a file.
+        """
+        where, limit = destination(checkpoint_dir, format, options)
+        save_graph(self, where, limit)
 
     def train(self, mode: bool = True) -> QuantizedModel:
         """A converted model is for inference; `train(True)` is refused."""

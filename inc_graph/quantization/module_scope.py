@@ -20,15 +20,16 @@ from inc_graph.errors import CaptureError, ConfigError, IncWarning, UnusedRuleWa
 from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.finish import finish, no_data, observers_of
+from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, put
 from inc_graph.quantization.leaf import Captures, Leaf, form_of, is_layer, unfit
-from inc_graph.quantization.model import QuantizedModel, all_or_nothing
+from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.recipe import Recipe, WhereRule, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 from inc_graph.utils.progress import progress
 
-__all__ = ["convert", "is_prepared", "leaves", "prepare", "undo"]
+__all__ = ["convert", "is_prepared", "prepare", "undo"]
 
 _MARK = "_inc_module_scope"
 _NO_LAYER = "it has no Linear, Conv or Embedding"
@@ -71,8 +72,8 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
         if not is_layer(module) and module._parameters and not isinstance(module, nn.ParameterList | nn.ParameterDict)
     ]
     for paths, new in plan:
-        model = _put(model, paths, new)
-    facts.flags = _call_every_layer(model)
+        model = put(model, paths, new)
+    facts.flags = call_every_layer(model)
     model.__dict__[_MARK] = facts
     one_batch_a_call(model)
     return model
@@ -150,45 +151,9 @@ def _rules_for(gm: fx.GraphModule, name: str, module: nn.Module, rules: tuple[Wh
     return {i for i, rule in enumerate(rules) if any(rule.where.matches(n, p) for n, p in nodes)}
 
 
-def _put(model: nn.Module, paths: list[str], module: nn.Module | None) -> nn.Module:
-    """Put a module at its paths; the model, which is the module itself if its path is ''."""
-    if module is None:
-        return model
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        if not name:
-            return module
-        model.get_submodule(parent)._modules[name] = module
-    return model
-
-
-def _call_every_layer(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Turn off torch's fused transformer encoder, which reads the layers' weights and never calls the layers."""
-    changed = []
-    for module in model.modules():
-        off = {
-            nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-            nn.TransformerEncoder: ("use_nested_tensor", False),
-        }
-        for kind, (name, value) in off.items():
-            if isinstance(module, kind) and any(isinstance(m, Leaf) for m in module.modules()) and name in vars(module):
-                changed.append((module, name, getattr(module, name)))
-                setattr(module, name, value)
-    return changed
-
-
 def is_prepared(model: nn.Module) -> bool:
     """Whether `prepare` has replaced layers of this model."""
     return _MARK in model.__dict__
-
-
-def leaves(model: nn.Module) -> dict[Leaf, list[str]]:
-    """The leaves and the paths where each one stands."""
-    found: dict[Leaf, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Leaf):
-            found.setdefault(module, []).append(path)
-    return found
 
 
 def undo(model: nn.Module) -> nn.Module:
@@ -196,7 +161,7 @@ def undo(model: nn.Module) -> nn.Module:
     facts: _Facts = model.__dict__.pop(_MARK)
     no_batches(model)
     for leaf, paths in leaves(model).items():
-        model = _put(model, paths, leaf.original)
+        model = put(model, paths, leaf.original)
     for module, name, value in facts.flags:
         setattr(module, name, value)
     return model
@@ -245,7 +210,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
         )
     if inplace:
         for leaf, paths in found.items():
-            model = _put(model, paths, new[leaf])
+            model = put(model, paths, new[leaf])
     else:
         memo: dict[int, Any] = {}
         for leaf, module in new.items():  # the copy gets the new module where it would copy the leaf
@@ -253,8 +218,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
         model = copy.deepcopy(model, memo)
     model.__dict__.pop(_MARK, None)
     no_batches(model)
-    all_or_nothing(model)
     report.timings = list(timings.items())
     report.bytes_after = attribute_bytes(model)
-    model.__dict__["report" if not hasattr(model, "report") else "quantization_report"] = report
+    keep_report(model, report)
     return model

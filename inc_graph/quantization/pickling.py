@@ -21,8 +21,8 @@ class NotPickled(LoweringError, pickle.PicklingError):
 
     def __init__(self, what: str) -> None:
         hint = (
-            "torch.export.save(torch.export.export(q_model.graph, inputs), file) saves the Q-DQ graph, which runs with "
-            "`import inc_graph.ops`; to quantize elsewhere, keep the float model and the calibration data"
+            "inc_graph.quantization.save(q_model, folder) saves a converted model, without pickle; a prepared one is "
+            "made again from the float model and the calibration data"
         )
         super().__init__(f"{what} cannot be pickled: what was decided and measured would be lost", hint=hint)
 
