@@ -31,6 +31,12 @@ QUICK = {
         r"still a Settler, whose settle\(\) takes \d+ steps",
         r"SQNR [34]\d\.\d dB",
     ],
+    "save_and_load": [
+        r"float weights +0\.2\d\d MB\nsaved graph +0\.0\d\d MB",
+        r"in this process: +class (\d)\nin another process: QuantizedModel, class \1\n",
+        r"still a Classifier; equal: True",
+        r"damaged: inc_graph.json: field 'format' is not 'inc_graph'",
+    ],
     "add_your_own_backend": [
         r"linear +│ +1 │ integer linear",
         r"conv1d +│ +1 │ float: backend 'plain_integers' has no quantized kernel for conv1d",

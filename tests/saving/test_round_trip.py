@@ -342,3 +342,25 @@ def test_classes_of_outputs(tmp_path: Path) -> None:
     assert y[0] is y["logits"] and y.hidden[0].shape == (2, 4)
     with pytest.raises(AttributeError, match="this output has the fields logits, hidden, not 'loss'"):
         _ = y.loss
+
+
+def test_another_device(tmp_path: Path) -> None:
+    """The meta device stands for an accelerator: what the graph creates goes there, too."""
+
+    class Creates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) + torch.arange(4, device=x.device) + torch.zeros(4, device=x.device)
+
+    x = torch.randn(2, 4)
+    for given in ({"example_inputs": x}, {}):
+        q = quantize(Creates().eval(), StaticQuantConfig(), lambda p: p(x), **given)
+        q.save(tmp_path)
+        with pytest.warns(IncWarning, match="no backend for meta"):
+            moved = load(tmp_path, Creates().to("meta"), device="meta")
+        assert all(t.is_meta for t in [*moved.parameters(), *moved.buffers()])
+        graph = moved.graph if given else moved.fc.inner.graph
+        assert all(n.meta["val"].is_meta for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
