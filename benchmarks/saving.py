@@ -1,8 +1,8 @@
 """Bytes on disk, and seconds to save and to load, of real models: ``python -m benchmarks.saving``.
 
-Beside the folder of this project: the weights of the float model (`torch.save`), the float program and the Q-DQ graph as
-`torch.export.save` writes them. Loading ends with a model that can be called; the output is compared with the one that
-was saved.
+Beside the folder of this project: the weights of the float model (`torch.save`), the float program and the Q-DQ graph
+as `torch.export.save` writes them. Loading ends with a model that can be called; its output is compared with that of
+the one that was saved.
 """
 
 from __future__ import annotations
