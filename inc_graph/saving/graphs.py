@@ -249,7 +249,7 @@ def _read(
         except SavedModelError as e:
             name = node.get("name") if isinstance(node, dict) else None
             raise SavedModelError(e.message, node=str(name or f"number {number}")[:60], hint=e.hint) from e
-    if not graph.nodes or next(reversed(graph.nodes)).op != "output":
+    if not graph.nodes or next(iter(reversed(graph.nodes))).op != "output":
         raise SavedModelError("the graph does not end with its output")
     _check_attributes(graph, root, attributes)
     if "call" in data:

@@ -164,8 +164,8 @@ def test_sizes(seed: int, depth: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["__import__('os')", "s0.x", "s0[0]", "9**99999", "s0**s0", "lambda: 0", "[s0]", "s1", "f(s0)", "s0 if s0 else 1", "",
-     "(" * 500, "Max(s0, k=1)", "'a'", "s0 := 3", "Where(1)"],
+    ["__import__('os')", "s0.x", "s0[0]", "9**99999", "s0**s0", "lambda: 0", "[s0]", "s1", "f(s0)", "s0 if s0 else 1",
+     "",     "(" * 500, "Max(s0, k=1)", "'a'", "s0 := 3", "Where(1)"],
 )  # fmt: skip
 def test_what_is_no_size(text: str) -> None:
     table = {"s0": {"low": 2, "high": None, "hint": 3, "positive": True, "integer": True}}
