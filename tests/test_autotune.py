@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from inc_graph.errors import ConfigError, IncError, IncWarning
 from inc_graph.export import export
 from inc_graph.quantization import GPTQConfig, RTNConfig, StaticQuantConfig, autotune
 from inc_graph.quantization.journal import fingerprint
+from inc_graph.quantization.tuning_table import Trial, TuningResult, watch
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 ACT = ["minmax", "percentile", "kl"]
@@ -322,3 +325,80 @@ def test_fingerprints(model: nn.Module) -> None:
     assert fingerprint(other) == fingerprint(model)
     other[0].weight[0, 0] += 1e-3
     assert fingerprint(other) != fingerprint(model) != fingerprint(nn.ReLU())
+
+
+# --------------------------------------------------------------------------------------------------------- live, tables
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_live_table_on_a_terminal_only(model: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The table shows each trial as it runs, what others print stays whole, and the result is left on the screen."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    shown: list[str] = []
+
+    def evaluate(m: nn.Module) -> float:
+        if hasattr(m, "report"):
+            print("to stdout")
+            print("to stderr", file=sys.stderr)
+            assert not sys.stderr.isatty()  # so that no progress bar is drawn over the table
+            shown.append(screen.getvalue())
+        return 1.0 if not hasattr(m, "report") else 0.5 + 0.2 * len(shown)
+
+    config = TuningConfig([StaticQuantConfig(act_algo=a) for a in ACT], tolerable_loss=0.15)
+    autotune(model, config, evaluate, run_fn=run, example_inputs=(X,))
+    assert sys.stderr is screen and len(shown) == 2
+    assert "running" in shown[0] and "INT8StaticQuantConfig()" in shown[0] and "to stderr" in shown[0]
+    assert "tuning: a config meets the tolerance" in screen.getvalue() and "Pareto front" in screen.getvalue()
+    assert capsys.readouterr().out == "to stdout\n" * 2
+
+
+def test_silent_elsewhere(model: nn.Module, capsys: Any) -> None:
+    tune(model, [1.0, 1.0])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_long_search_shows_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "16")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    result = TuningResult(1.0, 0.9, True)
+    result.trials = [Trial(i, StaticQuantConfig(), 0.123 + i) for i in range(40)]
+    with watch(result) as step:
+        step("the forty-first")
+        before = len(screen.getvalue())
+        print("half a line", end="", file=sys.stderr)
+        print(", and the rest", file=sys.stderr)
+        live = screen.getvalue()[before:]
+    assert "39.123" in live and "the forty-first" in live and "34 earlier trials not shown" in live
+    assert "12.123" not in live and "half a line, and the rest" in live
+    assert "12.123" in screen.getvalue()[before + len(live) :]  # the result has all of them
+
+
+def test_a_failure_leaves_stderr_as_it_was(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    with pytest.raises(StopIteration):
+        tune(model, [1.0, 0.25])
+    assert sys.stderr is screen and "tuning: broken off" in screen.getvalue()
+    assert "0.25" in screen.getvalue().partition("tuning: broken off")[2]
+
+
+def test_the_pareto_table(model: nn.Module) -> None:
+    config = StaticQuantConfig()
+    result = TuningResult(1.0, 0.9, True, reason="why")
+    small, fast, good, bad = result.trials = [
+        Trial(0, config, 0.5, bytes=10, milliseconds=9.0),
+        Trial(1, config, 0.5, bytes=20, milliseconds=1.0),
+        Trial(2, config, 0.9, accepted=True, bytes=30, milliseconds=9.0),
+        Trial(3, config, 0.4, bytes=30, milliseconds=9.0),
+    ]
+    result.trials.append(Trial(4, config, error="brackets [of] text"))
+    result.best = good
+    assert result.pareto() == [small, fast, good] and bad not in result.pareto()
+    trials, _, front = str(result).partition("Pareto front")
+    assert "brackets [of]" in trials and [line.split("│")[1].strip() for line in front.splitlines()[4:7]] == list("012")

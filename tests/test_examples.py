@@ -62,6 +62,11 @@ REAL = {
         r"avg_pool: ",
         r"sdpa: ",
     ],
+    "autotune_with_sensitivity": [
+        r"plain static INT8: 0\.00\d+, tolerance 0\.001",
+        r"strategy='sensitivity' meets it with \d{1,2} of 59 layers float: 0\.000\d+",
+        r"evaluations: [12]\d; one per layer would be 59",
+    ],
     "choose_range_estimation": [r"minmax \(the defaults\) +│ +2\d\.\d │", r"chosen: histogram MSE"],
 }
 

@@ -1,4 +1,4 @@
-"""What `autotune` has tried so far, in a file: after an interruption the search goes on where it was."""
+"""What `autotune` has tried and measured so far, in a file: after an interruption it goes on where it was."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import nn
 
 from inc_graph.errors import ConfigError
 from inc_graph.quantization.base_config import BaseConfig
+from inc_graph.quantization.sensitivity import Damage, Measured
 
-__all__ = ["Journal", "fingerprint"]
+__all__ = ["TRIAL", "Journal", "fingerprint"]
 
 FORMAT = 1
+TRIAL = ("score", "bytes", "milliseconds", "seconds")  # of a trial
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -32,7 +34,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class Journal:
-    """A file with a line for the search and a line for each trial, each written at once, as JSON.
+    """A file with a line for the search, and one for each measurement and trial, each written at once, as JSON.
 
     Args:
         path: The file. If it is there, the search goes on; what it holds is in `baseline` and `known`.
@@ -50,6 +52,7 @@ class Journal:
         self.baseline: float | None = None
         self._model = fingerprint(model)
         self._trials: dict[str, dict[str, Any]] = {}
+        self._measured: dict[str, Measured] = {}
         if self.path.exists():
             self._read()
 
@@ -73,8 +76,19 @@ class Journal:
         if head.get("model") != self._model:
             hint = "name another journal, or delete this one"
             raise ConfigError(f"{self.path} is the journal of another model", hint=hint)
-        self.baseline = float(head["baseline"])
-        self._trials = {trial.pop("config"): trial for trial in lines[1:]}
+        number = 1
+        try:
+            self.baseline = float(head["baseline"])
+            for line in lines[1:]:
+                number += 1
+                if "measured" in line:
+                    layers = [Damage(*layer) for layer in line["layers"]]
+                    self._measured[line["measured"]] = Measured(layers, dict(line["unmeasured"]))
+                else:
+                    self._trials[line["config"]] = {key: line[key] for key in TRIAL}
+        except (KeyError, TypeError, ValueError) as e:
+            hint = "delete that line, or name another journal"
+            raise ConfigError(f"{self.path}, line {number} is damaged: {type(e).__name__}: {e}", hint=hint) from e
         if whole != text:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
@@ -97,6 +111,18 @@ class Journal:
         if key is not None:
             self._write({"config": key, **facts})
 
+    def measured(self, config: BaseConfig, calls: int) -> Measured | None:
+        """The damage of each layer that an earlier run measured, for this config, on so many calls."""
+        key = _key(config, calls)
+        return None if key is None else self._measured.get(key)
+
+    def note_measured(self, config: BaseConfig, calls: int, found: Measured) -> None:
+        """Add a measurement; if its config cannot be written down it is measured again next time."""
+        key = _key(config, calls)
+        if key is not None:
+            layers = [[d.name, d.op, d.db, d.general] for d in found.layers]
+            self._write({"measured": key, "layers": layers, "unmeasured": found.unmeasured})
+
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -104,8 +130,8 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _key(config: BaseConfig) -> str | None:
+def _key(config: BaseConfig, *more: Any) -> str | None:
     try:
-        return json.dumps([config.name, config.to_dict()], sort_keys=True)
+        return json.dumps([config.name, config.to_dict(), *more], sort_keys=True)
     except ConfigError:
         return None

@@ -2,121 +2,27 @@
 
 from __future__ import annotations
 
-import io
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from inc_graph.common.logger import TuningLogger, logger
 from inc_graph.common.options import options
-from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning
-from inc_graph.export import example_call, export
-from inc_graph.quantization.api import quantize
+from inc_graph.errors import ConfigError, IncError, IncWarning
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.journal import Journal
+from inc_graph.quantization.sensitivity_search import Outcome, Plan, Sensitivity, search
 from inc_graph.quantization.tuning_config import ConfigLoader, Evaluator, TuningConfig
-from inc_graph.report import attribute_bytes
-from inc_graph.utils.progress import progress
+from inc_graph.quantization.tuning_table import Trial, TuningResult, watch
+from inc_graph.quantization.tuning_trial import Source, errors_of_the_user, exported, run_trial
 
 __all__ = ["Trial", "TuningResult", "autotune"]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One config that was tried.
-
-    Attributes:
-        index: From 0, in the order they were tried.
-        config: What was tried.
-        score: What `eval_fn` gave, None if the model could not be quantized so.
-        accepted: Whether the score is within the tolerance.
-        bytes: Of the weights and buffers of the result.
-        milliseconds: One call on the example inputs, None without example inputs.
-        seconds: To calibrate, convert and evaluate.
-        error: Why the model could not be quantized so.
-    """
-
-    index: int
-    config: BaseConfig
-    score: float | None = None
-    accepted: bool = False
-    bytes: int = 0
-    milliseconds: float | None = None
-    seconds: float = 0.0
-    error: str = ""
-
-
-@dataclass
-class TuningResult:
-    """What `autotune` found: the attribute `tuning` of the model it returns. Prints as a table.
-
-    Attributes:
-        baseline: Score of the float model.
-        limit: The worst score that is within the tolerance.
-        higher_is_better: Whether a larger score is better.
-        trials: All of them, in the order they were tried.
-        best: The one that the returned model comes from.
-        reason: Why the search stopped.
-    """
-
-    baseline: float
-    limit: float
-    higher_is_better: bool
-    trials: list[Trial] = field(default_factory=list)
-    best: Trial | None = None
-    reason: str = ""
-
-    def pareto(self) -> list[Trial]:
-        """The trials that no other one beats in score, bytes and time at once, the smallest first."""
-        done = [t for t in self.trials if t.score is not None and t.score == t.score]
-        front = [t for t in done if not any(_dominates(o, t, self.higher_is_better) for o in done)]
-        return sorted(front, key=lambda t: t.bytes)
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title=f"tuning: {self.reason}", title_justify="left")
-        for name in ("trial", "score", "bytes", "ms", "seconds"):
-            table.add_column(name, justify="right")
-        table.add_column("config", overflow="fold")
-        table.add_column("")
-        table.add_row(
-            "float", f"{self.baseline:.6g}", "", "", "", "", f"within tolerance: {self._sign} {self.limit:.6g}"
-        )
-        front = self.pareto()
-        for t in self.trials:
-            notes = ["best"] * (t is self.best) + ["accepted"] * t.accepted + ["Pareto"] * (t in front)
-            score = "-" if t.score is None else f"{t.score:.6g}"
-            size, ms = f"{t.bytes:,}" if t.bytes else "-", "-" if t.milliseconds is None else f"{t.milliseconds:.2f}"
-            row = (str(t.index), score, size, ms, f"{t.seconds:.1f}", str(t.config), t.error or ", ".join(notes))
-            table.add_row(*row)
-        return table
-
-    @property
-    def _sign(self) -> str:
-        return ">=" if self.higher_is_better else "<="
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=140, force_terminal=False)
-        console.print(self)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
-
-
-def _dominates(a: Trial, b: Trial, higher_is_better: bool) -> bool:
-    def costs(t: Trial) -> tuple[float, ...]:
-        score = float(t.score or 0)
-        return (-score if higher_is_better else score, t.bytes, t.milliseconds or 0.0)
-
-    return a is not b and costs(a) != costs(b) and all(x <= y for x, y in zip(costs(a), costs(b), strict=True))
 
 
 def autotune(
@@ -170,139 +76,117 @@ def autotune(
     result = TuningResult(baseline, tune_config.limit(baseline), tune_config.higher_is_better)
     if journal is not None:
         journal.begin(baseline)
-    source, inputs = _exported(model, example_inputs, dynamic_shapes)
+    source = Source(*exported(model, example_inputs, dynamic_shapes), example_inputs, run_fn, _arguments(run_args))
     best: nn.Module | None = None
-    with progress("autotune", min(len(configs.config_set), tune_config.max_trials)) as step:
-        for config in _until_done(configs, tune_config, result, start):
-            step(str(config))
-            noted = None if journal is None else journal.known(config)
-            found = None
-            if noted is not None:
-                trial = Trial(len(result.trials), config, **noted)
-            else:
-                trial, found = _try(len(result.trials), config, source, inputs, example_inputs, run_fn, run_args,
-                                    lambda q: evaluator.evaluate(q, *more))  # fmt: skip
-                if journal is not None and trial.score is not None:  # what failed may work once its cause is gone
-                    journal.note(config, {k: getattr(trial, k) for k in _NOTED})
+    with errors_of_the_user(), watch(result) as step:
+        if tune_config.strategy == "sensitivity":
+            plans = _by_sensitivity(list(configs.config_set), tune_config, source, journal, result, step)
+        else:
+            plans = _in_turn(configs)
+        for plan in _until_done(plans, tune_config, result, start):
+            step(Trial(0, plan.config, floats=plan.floats, finer=plan.finer).describe())
+            trial, found = run_trial(plan, len(result.trials), source, journal, lambda q: evaluator.evaluate(q, *more))
             if trial.score is not None:
                 trial = replace(trial, accepted=tune_config.accepts(trial.score, baseline))
             result.trials.append(trial)
             if trial.score is not None and _improves(trial, result.best, evaluator):
                 result.best, best = trial, found
             del found
+        if result.best is None:
+            reasons = "; ".join(dict.fromkeys(t.error for t in result.trials))
+            raise IncError(f"none of {len(result.trials)} configs could be applied: {reasons}")
+        if best is None:  # it comes from the journal
+            best = source.quantize(result.best.config)
     TuningLogger.tuning_end()
-    if result.best is None:
-        reasons = "; ".join(dict.fromkeys(t.error for t in result.trials))
-        raise IncError(f"none of {len(result.trials)} configs could be applied: {reasons}")
-    if best is None:  # it comes from the journal
-        best = quantize(source, result.best.config, run_fn, run_args, inplace=False, example_inputs=inputs)
     logger.info("%s", result)
     if not result.best.accepted:
-        text = f"no config met the tolerance: the best score is {result.best.score:.6g}, wanted {result._sign} "
+        text = f"no config met the tolerance: the best score is {result.best.score:.6g}, wanted {result.sign} "
         warnings.warn(f"{text}{result.limit:.6g} (float: {baseline:.6g})", IncWarning, stacklevel=2)
     best.tuning = result  # type: ignore[assignment]
     return best
 
 
 def _improves(trial: Trial, best: Trial | None, evaluator: Evaluator) -> bool:
+    """Accepted ones are better than others; among accepted ones, those that change fewer layers; then the score."""
     if best is None or best.score is None or trial.score is None:
         return True
+    if trial.accepted != best.accepted:
+        return trial.accepted
+    changes = [(len(t.floats), len(t.finer)) for t in (trial, best)]
+    if trial.accepted and changes[0] != changes[1]:
+        return changes[0] < changes[1]
     return evaluator.better(trial.score, best.score)
 
 
-def _until_done(
-    configs: ConfigLoader, tune_config: TuningConfig, result: TuningResult, start: float
-) -> Iterator[BaseConfig]:
-    """The configs, as long as the search goes on; leaves the reason why it stopped."""
+# ------------------------------------------------------------------------------------------------------- what is tried
+Plans = Generator[Plan, Outcome, str]  # is sent what came of a plan; returns why it ends
+
+
+def _in_turn(configs: ConfigLoader) -> Plans:
     for config in configs:
-        if result.trials and result.trials[-1].accepted:
-            result.reason = "a config meets the tolerance"
-            return
+        if (yield Plan(config)).accepted:
+            return "a config meets the tolerance"
+    return "all configs are tried"
+
+
+def _by_sensitivity(
+    configs: list[BaseConfig], tune_config: TuningConfig, source: Source, journal: Journal | None,
+    result: TuningResult, step: Callable[[str], None],
+) -> Plans:  # fmt: skip
+    if kinds := sorted({type(c).__name__ for c in configs} - {type(configs[0]).__name__}):
+        text = f"strategy='sensitivity' mixes configs of one class: {type(configs[0]).__name__} and {', '.join(kinds)}"
+        raise ConfigError(f"{text} do not go together", hint="tune them one after the other, or strategy='configs'")
+    start, found, kept, new = time.perf_counter(), [], [], False
+    for config in configs:
+        measured = None if journal is None else journal.measured(config, tune_config.sensitivity_calls)
+        if measured is None:
+            try:
+                measured, new = source.measure(config, tune_config.sensitivity_calls, step), True
+            except (IncError, NotImplementedError) as e:
+                if config is configs[0]:
+                    raise
+                warnings.warn(f"{config} is left out of the search: {e}", IncWarning, stacklevel=6)
+                continue
+            if journal is not None:
+                journal.note_measured(config, tune_config.sensitivity_calls, measured)
+        found.append(measured)
+        kept.append(config)
+    result.sensitivity = Sensitivity.of(found, time.perf_counter() - start if new else 0.0)
+    if missing := result.sensitivity.unmeasured:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        text = f"the damage of {len(missing)} layers cannot be measured, so they are the last to be left float"
+        warnings.warn(f"{text}: {shown}", IncWarning, stacklevel=6)
+    return (yield from search(result.sensitivity, kept))
+
+
+def _until_done(plans: Plans, tune_config: TuningConfig, result: TuningResult, start: float) -> Iterator[Plan]:
+    """The plans, as long as the search goes on; leaves the reason why it stopped."""
+    plan = _next(plans, None)
+    while isinstance(plan, Plan):
         if len(result.trials) >= tune_config.max_trials:
             result.reason = f"max_trials={tune_config.max_trials} is reached"
             return
         if tune_config.timeout is not None and result.trials and time.perf_counter() - start > tune_config.timeout:
             result.reason = f"timeout={tune_config.timeout} s is over"
             return
-        yield config
-    met = bool(result.trials) and result.trials[-1].accepted
-    result.reason = "a config meets the tolerance" if met else "all configs are tried"
+        yield plan
+        trial = result.trials[-1]
+        loss = math.inf if trial.score is None else result.loss(trial.score)
+        plan = _next(plans, Outcome(trial.accepted, loss))
+    result.reason = plan
 
 
-def _try(
-    index: int, config: BaseConfig, source: nn.Module, inputs: Any, example_inputs: Any, run_fn: Any, run_args: Any,
-    evaluate: Callable[[nn.Module], float],
-) -> tuple[Trial, nn.Module | None]:  # fmt: skip
-    TuningLogger.trial_start(index)
-    start = time.perf_counter()
+def _next(plans: Plans, outcome: Outcome | None) -> Plan | str:
     try:
-        q_model = quantize(source, config, _passing(run_fn), run_args, inplace=False, example_inputs=inputs)
-    except _FromUser as e:
-        raise e.error from e.error.__cause__
-    except (IncError, NotImplementedError) as e:
-        logger.warning("trial %s, %s: %s", index, config, e)
-        return Trial(index, config, error=str(e).splitlines()[0], seconds=time.perf_counter() - start), None
-    score = evaluate(q_model)
-    ms = None if example_inputs is None else _milliseconds(q_model, example_inputs)
-    TuningLogger.trial_end(index)
-    seconds = time.perf_counter() - start
-    return Trial(index, config, score, bytes=attribute_bytes(q_model), milliseconds=ms, seconds=seconds), q_model
-
-
-_NOTED = ("score", "bytes", "milliseconds", "seconds")  # of a trial, in the journal
+        return plans.send(outcome)  # type: ignore[arg-type]
+    except StopIteration as end:
+        return str(end.value)
 
 
 def _journal(tune_config: TuningConfig, model: nn.Module) -> Journal | None:
     if tune_config.journal is not None:
         return Journal(tune_config.journal, model)
     return None if options.folder is None else Journal(Path(options.folder) / "autotune.jsonl", model)
-
-
-class _FromUser(BaseException):
-    """Carries what the user's function raised past what a trial may fail with."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
-
-
-def _passing(run_fn: Any) -> Any:
-    if not callable(run_fn):
-        return run_fn
-
-    def run(*args: Any) -> Any:
-        try:
-            return run_fn(*args)
-        except Exception as e:
-            raise _FromUser(e) from None
-
-    return run
-
-
-def _exported(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tuple[nn.Module, Any]:
-    """The model to start from, and the example inputs that `quantize` still needs."""
-    if example_inputs is None or (isinstance(model, torch.fx.GraphModule) and "inc" in model.meta):
-        if dynamic_shapes is not None:
-            hint = "give them to export()" if example_inputs is not None else "give example_inputs, too"
-            raise ConfigError("dynamic_shapes cannot be used here", hint=hint)
-        return model, None
-    try:
-        return export(model, example_inputs, dynamic_shapes), None
-    except CaptureError:
-        if dynamic_shapes is not None:
-            raise
-        return model, example_inputs  # each trial falls back to its layers, and says why
-
-
-def _milliseconds(model: nn.Module, example_inputs: Any) -> float:
-    args, kwargs = example_call(model, example_inputs)
-    times = []
-    with torch.no_grad():
-        for _ in range(5):
-            start = time.perf_counter()
-            model(*args, **kwargs)
-            times.append(time.perf_counter() - start)
-    return min(times) * 1e3
 
 
 def _arguments(value: Any) -> tuple[Any, ...]:

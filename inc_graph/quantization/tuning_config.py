@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,9 @@ from inc_graph.errors import ConfigError
 from inc_graph.quantization.base_config import BaseConfig
 
 __all__ = ["ConfigLoader", "ConfigSet", "Evaluator", "Sampler", "SequentialSampler", "TuningConfig", "default_sampler"]
+
+
+STRATEGIES = ("configs", "sensitivity")
 
 
 class ConfigSet(Sequence[BaseConfig]):
@@ -143,7 +147,7 @@ class Evaluator:
     def evaluate(self, model: Any, *args: Any) -> float:
         """The score of a model. ConfigError names the function that gives no number."""
         self.self_check()
-        return sum(m.weight * _number(m, m.function(model, *args)) for m in self.metrics)
+        return sum([m.weight * _number(m, m.function(model, *args)) for m in self.metrics])
 
     def better(self, score: float, than: float) -> bool:
         """Whether a score is better than another one; NaN is worse than everything."""
@@ -202,6 +206,8 @@ class TuningConfig:
     higher_is_better: bool = True
     timeout: float | None = None
     journal: str | os.PathLike[str] | None = None
+    strategy: str = "configs"
+    sensitivity_calls: int = 2
 
     def __post_init__(self) -> None:
         if self.config_set is not None:
@@ -211,8 +217,17 @@ class TuningConfig:
         _check("tolerable_loss", self.tolerable_loss, "a finite number", math.isfinite)
         if self.timeout is not None:
             _check("timeout", self.timeout, "seconds, more than 0, or None", lambda v: v > 0)
-        if isinstance(self.max_trials, bool) or not isinstance(self.max_trials, int) or self.max_trials < 1:
-            raise ConfigError(f"max_trials must be a whole number from 1 on, not {self.max_trials!r}")
+        for name in ("max_trials", "sensitivity_calls"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number from 1 on, not {value!r}")
+        if self.strategy not in STRATEGIES:
+            near = difflib.get_close_matches(str(self.strategy), STRATEGIES, 1)
+            message = f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, not {self.strategy!r}"
+            raise ConfigError(message, hint=f"did you mean {near[0]!r}?" if near else None)
+        if self.strategy == "sensitivity" and self.sampler is not default_sampler:
+            hint = "leave it out: the first config of config_set is the one to start from"
+            raise ConfigError("strategy='sensitivity' chooses what to try by itself, so it takes no sampler", hint=hint)
         if self.journal is not None and not isinstance(self.journal, str | os.PathLike):
             raise ConfigError(f"journal must be the path of a file, not {self.journal!r}")
         for name in ("relative", "higher_is_better"):
