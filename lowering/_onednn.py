@@ -179,8 +179,7 @@ class Int8Layer(OpaqueBase):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise NotPickled(
             "a layer that is packed for this machine's oneDNN cannot be pickled",
-            hint="torch.export.save(torch.export.export(q_model.graph, inputs), file) saves the Q-DQ graph; or keep "
-            "the float model and the calibration data",
+            hint="inc_graph.quantization.save(q_model, folder) saves what it was made of",
         )
 
     def __repr__(self) -> str:
