@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import random
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,53 @@ def test_logging(caplog: pytest.LogCaptureFixture) -> None:
         "phase ends",
         "trial 3 starts",
     ]
+
+
+def test_the_level_is_that_of_the_environment_until_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = """
+import logging, os
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+os.environ.pop("LOGLEVEL", None)
+from inc_graph import common
+common.logger.info("by default the root's level counts")
+os.environ["LOGLEVEL"] = "debug"
+print(common.level, common.level_name)
+logging.getLogger().setLevel(logging.WARNING)  # what was decided is forgotten
+common.logger.debug("shown")
+common.logger.setLevel(logging.ERROR)
+common.logger.warning("not shown")
+os.environ["LOGLEVEL"] = "nonsense"
+print(common.level == logging.INFO == 20, common.level_name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("10 DEBUG\nTrue INFO\n", "shown\n")
+    assert common.Logger().get_logger() is common.logger is logging.getLogger("inc_graph")
+    with pytest.raises(AttributeError, match="no attribute 'levels'"):
+        _ = common.levels
+    monkeypatch.setenv("LOGLEVEL", "ERROR")
+    assert (common.level, common.level_name) == (logging.ERROR, "ERROR")
+
+
+def test_the_workspace_is_named_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In neural_compressor it is fixed when the package is imported."""
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.datetime(2031, 2, 3, 4, 5, 6)
+
+    options = common.Options()
+    assert options.folder is None
+    monkeypatch.setattr(sys.modules["inc_graph.common.options"], "datetime", types.SimpleNamespace(datetime=Later))
+    assert options.workspace == options.workspace == str(Path("inc_workspace") / "2031-02-03_04-05-06")
+
+
+def test_names_for_own_methods() -> None:
+    from inc_graph.common import utils
+    from inc_graph.utils import ProcessorType, cpu_info
+
+    assert utils.Mode is common.Mode and utils.ProcessorType is ProcessorType and utils.cpu_info is cpu_info
+    assert utils.logger is common.logger and utils.detect_processor_type_based_on_hw() in ProcessorType
 
 
 def test_importing_logs_nothing_and_makes_no_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 import warnings
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from inc_graph import utils
 from inc_graph.errors import ConfigError, IncWarning, LoweringError, UnknownNameError
 from inc_graph.quantization import StaticQuantConfig, quantize
 from inc_graph.registry import BACKENDS
-from inc_graph.utils import choose_backend, detect_device, is_ipex_imported
+from inc_graph.utils import choose_backend, detect_device, device_synchronize, get_accelerator, is_ipex_imported
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,83 @@ def test_a_device_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         detect_device()
     monkeypatch.setenv("INC_TARGET_DEVICE", "")
     assert detect_device(nn.Linear(2, 2)) == "cpu"
+
+
+def test_devices_by_name_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [detect_device(d) for d in ("auto", 0, "1", "cpu", torch.device("cuda:1"), "cuda")] == [
+        "cpu", "cpu", "cpu", "cpu", "cuda:1", "cuda",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="'tpu!' is not a device"):
+        detect_device("tpu!")
+    pretend(monkeypatch, "cuda")
+    assert [detect_device(d) for d in (None, "auto", 0, "1", "cpu")] == ["cuda", "cuda", "cuda:0", "cuda:1", "cpu"]
+    monkeypatch.setenv("INC_TARGET_DEVICE", "cpu")
+    assert [detect_device(d) for d in (None, "auto", 0, "cuda:1")] == ["cpu", "cpu", "cpu", "cuda:1"]
+
+
+def test_the_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = get_accelerator("CPU")
+    assert (cpu.name(), cpu.device_name(3), cpu.current_device(), cpu.current_device_name()) == ("cpu", *3 * ("cpu",))
+    with cpu.device(0):
+        for call in (cpu.synchronize, cpu.empty_cache, cpu.mark_step):
+            assert call() is None
+    assert cpu.set_device(0) is None and cpu.is_available()
+    for present, best in (((), "cpu"), (("cuda",), "cuda"), (("xpu", "cuda"), "xpu"), (("hpu", "xpu", "cuda"), "hpu")):
+        pretend(monkeypatch, *present)
+        assert get_accelerator().name() == utils.accelerator.name() == best and get_accelerator().is_available()
+    pretend(monkeypatch, "cuda")
+    for wrong, text in (("tpu", "'tpu' is not a device"), ("hpu", "no hpu device that torch can use")):
+        with pytest.raises(ConfigError, match=text):
+            get_accelerator(wrong)
+    monkeypatch.setenv("INC_TARGET_DEVICE", "XPU")  # it need not be there: nothing is waited for then
+    assert get_accelerator("cuda").name() == get_accelerator().name() == "xpu" and not get_accelerator().is_available()
+    assert get_accelerator().synchronize() is None and get_accelerator().current_device() == "xpu"
+    monkeypatch.setenv("INC_TARGET_DEVICE", "tpu")
+    for name in ("auto", "cpu"):
+        with pytest.raises(ConfigError, match="INC_TARGET_DEVICE='tpu'"):
+            get_accelerator(name)
+
+
+def test_calls_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True, synchronize=lambda: said.append("wait"), empty_cache=lambda: said.append("free"),
+        current_device=lambda: 1, set_device=lambda i: said.append(f"set {i}"), device=contextlib.nullcontext,
+    )  # fmt: skip
+
+    @device_synchronize
+    def work(x: int, *, y: int = 1) -> int:
+        """Adds."""
+        said.append("work")
+        return x + y
+
+    assert work(1) == 2 and said == ["work"] and work.__doc__ == "Adds." and work.__name__ == "work"
+    pretend(monkeypatch)
+    monkeypatch.setattr(torch, "cuda", cuda)  # found when the function is called, not when it is made
+    assert work(1, y=3) == 4 and said[1:] == ["wait", "work", "wait"]
+    found = get_accelerator()
+    assert (found.current_device(), found.current_device_name(), found.device_name(None)) == (1, "cuda:1", "cuda")
+    found.empty_cache()
+    found.set_device(2)
+    with found.device(0) as current:
+        assert current == 0 and said[4:] == ["free", "set 2"]
+
+
+def test_processes_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert (utils.world_size, utils.local_rank) == (-1, -1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert (utils.world_size, utils.local_rank) == (4, 2)  # read now, not when the package was imported
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+    assert (utils.world_size, utils.local_rank) == (8, 5)
+    monkeypatch.undo()
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(ConfigError, match="LOCAL_RANK='first' is not a whole number"):
+        _ = utils.local_rank
 
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:

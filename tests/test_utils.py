@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import logging
 import sys
+import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -117,8 +120,48 @@ def test_installed() -> None:
     assert utils.get_torch_version() >= "2.8.0" and "+" not in str(utils.get_torch_version())
     assert utils.is_transformers_imported() == ("transformers" in sys.modules)
     assert (utils.get_ipex_version() is not None) == utils.is_ipex_available()
+    assert utils.can_pack_with_numba() == (utils.is_numba_available() and utils.is_tbb_available())
+    assert isinstance(utils.is_optimum_available(), bool) and utils.is_optimum_habana_available() in (True, False)
     if not utils.is_hpex_available():
+        assert utils.is_hpex_support_g_idx() is False
         assert not utils.is_hpu_available() and utils.get_used_hpu_mem_MB() == 0
+
+
+def test_ipex_is_looked_for_and_not_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """neural_compressor tests the function itself in prepare and convert, which is always true."""
+    assert callable(utils.is_ipex_available) and isinstance(utils.is_ipex_available(), bool)
+    faults = []
+    for path in Path(utils.__file__).parents[1].rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        called = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+        tests = [n.test for n in ast.walk(tree) if isinstance(n, ast.If | ast.IfExp | ast.While)]
+        parts = [v for t in tests for v in (t.values if isinstance(t, ast.BoolOp) else [t])]
+        faults += [f"{path.name}:{n.lineno}" for n in parts
+                   if isinstance(n, ast.Name) and n.id.startswith("is_") and id(n) not in called
+                   and not _is_local(tree, n.id)]  # fmt: skip
+    assert not faults
+
+
+def _is_local(tree: ast.Module, name: str) -> bool:
+    """Whether the module gives the name a value of its own, as a variable or parameter."""
+    stores = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return name in stores | {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)}
+
+
+def test_what_gaudi_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    habana = types.ModuleType("habana_frameworks")
+    habana.__path__ = []  # type: ignore[attr-defined]
+    torch_part = types.ModuleType("habana_frameworks.torch")
+    monkeypatch.setitem(sys.modules, "habana_frameworks", habana)
+    monkeypatch.setitem(sys.modules, "habana_frameworks.torch", torch_part)
+    assert utils.is_hpex_available() and not utils.is_hpex_support_g_idx()
+    monkeypatch.setattr(
+        torch._C, "_get_schema", lambda name, overload: f"{name}(Tensor x, Tensor? group_index) -> Tensor"
+    )
+    assert utils.is_hpex_support_g_idx()
+    hpu = types.SimpleNamespace(is_available=lambda: True, memory_allocated=lambda: 3 * 2**20)
+    monkeypatch.setattr(torch, "hpu", hpu, raising=False)
+    assert utils.is_hpu_available() and utils.get_used_hpu_mem_MB() == 3
 
 
 def test_memory() -> None:

@@ -1,6 +1,13 @@
-"""What is not about quantization itself: options of a process and logging."""
+"""What is not about quantization itself: options of a process and logging.
 
-from inc_graph.common.logger import Logger, TuningLogger, dump_elapsed_time, level, level_name, log_process, logger
+`level` and `level_name` are the level that `LOGLEVEL` asks for, as a number and as a name, at the moment.
+"""
+
+from typing import Any
+
+from inc_graph.common import logger as _logging
+from inc_graph.common.logger import Logger, TuningLogger, dump_elapsed_time, log_process, logger
+from inc_graph.common.mode import Mode
 from inc_graph.common.options import (
     Options,
     options,
@@ -12,6 +19,7 @@ from inc_graph.common.options import (
 
 __all__ = [
     "Logger",
+    "Mode",
     "Options",
     "TuningLogger",
     "dump_elapsed_time",
@@ -25,3 +33,9 @@ __all__ = [
     "set_tensorboard",
     "set_workspace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("level", "level_name"):
+        return getattr(_logging, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

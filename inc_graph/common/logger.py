@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["Logger", "TuningLogger", "dump_elapsed_time", "level", "level_name", "log_process", "logger"]
+__all__ = ["Logger", "TuningLogger", "dump_elapsed_time", "log_process", "logger"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-logger = logging.getLogger("inc_graph")
 
 
 def _level() -> int:
@@ -22,10 +20,23 @@ def _level() -> int:
     return found if isinstance(found, int) else logging.INFO
 
 
-level = _level()
-level_name = logging.getLevelName(level)
-if os.environ.get("LOGLEVEL"):
-    logger.setLevel(level)
+class _FromEnvironment(logging.Logger):
+    """A logger whose level, until somebody sets it, is that of `LOGLEVEL`, read when it first logs."""
+
+    def getEffectiveLevel(self) -> int:
+        return _level() if not self.level and os.environ.get("LOGLEVEL") else super().getEffectiveLevel()
+
+
+logger = logging.getLogger("inc_graph")
+logger.__class__ = _FromEnvironment
+
+
+def __getattr__(name: str) -> Any:
+    if name == "level":
+        return _level()
+    if name == "level_name":
+        return logging.getLevelName(_level())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Logger:

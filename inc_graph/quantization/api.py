@@ -11,7 +11,8 @@ from torch.export import ExportedProgram
 
 from inc_graph.batches import one_batch_a_call
 from inc_graph.calibrate import Observer
-from inc_graph.capture import capture
+from inc_graph.capture import capture, own_mutated
+from inc_graph.common.mode import Mode
 from inc_graph.errors import CaptureError, ConfigError, IncWarning
 from inc_graph.export import check_model, example_call, export, refuse_quantized, unwrap
 from inc_graph.graph import adopt, clone, get_level, is_float, module_path
@@ -27,6 +28,18 @@ from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.predicates import bind_predicates, layers_of, operators_of
 from inc_graph.quantization.trial import why_refused
+from inc_graph.quantization.user_algorithms import (
+    Plan,
+    algorithms_of,
+    converted,
+    has_own_algorithm,
+    make_plan,
+    needs_data,
+    own_copy,
+    plan_of,
+    remember,
+    run_entries,
+)
 from inc_graph.recipe import Recipe, set_recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import attribute_bytes, read_graph
@@ -46,6 +59,9 @@ def prepare(
     backend: str = "auto",
 ) -> nn.Module:
     """Make a model ready for calibration.
+
+    A config of a method of one's own (`inc_graph.algorithms.register_algo`) goes to its entry, with the example inputs;
+    the model is not exported then, and methods of the library in the same config work layer by layer.
 
     Args:
         model: A graph from `export`, an `ExportedProgram`, or any module in eval mode.
@@ -67,9 +83,28 @@ def prepare(
         ConfigError, CaptureError, PassError: nothing has been changed then.
     """
     quant_config = as_config(quant_config)
+    if has_own_algorithm(quant_config):
+        own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
+        own = run_entries(own, plan, Mode.PREPARE)
+        if plan.rest is not None:
+            own = _prepare(own, plan.rest, True, None, None, backend)
+        return remember(own, plan)
     if isinstance(model, ExportedProgram):
         model, example_inputs, dynamic_shapes = export(model, example_inputs, dynamic_shapes), None, None
     return _prepare(unwrap(model), quant_config, inplace, example_inputs, dynamic_shapes, backend)
+
+
+def _start_own(
+    model: Any, quant_config: BaseConfig, inplace: bool, example_inputs: Any, dynamic_shapes: Any
+) -> tuple[nn.Module, Plan]:
+    """What own methods are to work on, and what each module gets."""
+    if dynamic_shapes is not None:
+        raise ConfigError("dynamic_shapes cannot be used here: methods of one's own work on modules, not on graphs")
+    model = unwrap(model)
+    plan = make_plan(model, quant_config, example_inputs)
+    if plan.rest is not None:
+        check_model(model)
+    return model if inplace else own_copy(model), plan
 
 
 def _prepare(
@@ -137,6 +172,8 @@ def _fall_back(model: nn.Module, recipe: Recipe, inplace: bool, error: CaptureEr
 
 def _prepare_graph(model: fx.GraphModule, recipe: Recipe, inplace: bool) -> fx.GraphModule:
     work = clone(model)
+    if not inplace:
+        own_mutated(work)  # calibration writes to buffers: the original keeps its own
     set_recipe(work, recipe)
     pipeline = Pipeline.parse(recipe.prepare)
     with progress("prepare", len(pipeline.passes)) as step:
@@ -197,24 +234,41 @@ def convert(
         raise ConfigError(f"reference=True runs on no backend, and backend={backend!r} asks for one")
     if reference:
         backend = "eager"
+    if quant_config is not None and _is_prepared(model):
+        warnings.warn("quant_config is not used: the model was prepared with a config", IncWarning, stacklevel=2)
+    if (plan := plan_of(model)) is not None:
+        if plan.rest is not None:
+            model = module_scope.convert(model, backend, inplace)
+        elif not inplace:
+            model = own_copy(model)
+        return converted(run_entries(model, plan, Mode.CONVERT), plan)
     level = _level(model)
     if level == "observed":
         return finish(cast(fx.GraphModule, model), backend)
     if module_scope.is_prepared(model):
         return module_scope.convert(model, backend, inplace)
-    if level in ("qdq", "lowered") or any(isinstance(m, QuantizedModel) for m in model.modules()):
+    done = level in ("qdq", "lowered") or algorithms_of(model) is not None
+    if done or any(isinstance(m, QuantizedModel) for m in model.modules()):
         raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
     if quant_config is None:
         raise ConfigError(
             "the model is not prepared", hint="prepared = prepare(model, config), run data, then convert(prepared)"
         )
     quant_config = as_config(quant_config)
-    if quant_config.needs_calibration:
+    if _needs_data(quant_config):
         raise ConfigError(
             f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
             hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
         )
     return convert(prepare(model, quant_config, inplace, backend=backend or "auto"), inplace=inplace)
+
+
+def _is_prepared(model: nn.Module) -> bool:
+    return plan_of(model) is not None or _level(model) == "observed" or module_scope.is_prepared(model)
+
+
+def _needs_data(quant_config: BaseConfig) -> bool:
+    return needs_data(quant_config) if has_own_algorithm(quant_config) else quant_config.needs_calibration
 
 
 def quantize(
@@ -238,14 +292,19 @@ def quantize(
         Whatever `run_fn` raises: the model is as it was then.
     """
     quant_config = as_config(quant_config)
-    if run_fn is None and not quant_config.needs_calibration:
-        run_fn = _no_data
-    if run_fn is None:
+    if run_fn is None and _needs_data(quant_config):
         raise ConfigError(
             "this method needs calibration data", hint="pass run_fn, a function that runs data through the model"
         )
-    if not callable(run_fn):
+    if run_fn is not None and not callable(run_fn):
         raise ConfigError(f"run_fn must be a function that runs data through the model, not {run_fn!r}")
+    if has_own_algorithm(quant_config):
+        own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
+        own = run_entries(own, plan, Mode.QUANTIZE, run_fn=run_fn, run_args=run_args)
+        if plan.rest is not None:
+            own = quantize(own, plan.rest, run_fn, run_args, backend=backend)
+        return converted(own, plan)
+    run_fn = run_fn or _no_data
     graph = isinstance(model, nn.Module) and _is_ours(model)
     prepared = prepare(
         model, quant_config, inplace and not graph, example_inputs, dynamic_shapes=dynamic_shapes, backend=backend
@@ -272,6 +331,8 @@ def finalize_calibration(model: nn.Module) -> None:
         CalibrationError: if an observed value saw no data; names it. (Layer by layer: only if no layer saw any.)
     """
     if not isinstance(model, nn.Module) or not (observers := observers_of(model)):
+        if isinstance(model, nn.Module) and plan_of(model) is not None:
+            raise ConfigError("the methods of this model keep their own statistics", hint="go on with convert")
         raise ConfigError("the model is not prepared, so there is no calibration to end")
     if not any(o.elements for o in observers):
         raise no_data()

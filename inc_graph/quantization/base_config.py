@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from torch import nn
 
-from inc_graph.errors import ConfigError
+from inc_graph.algorithms.entries import algos_mapping
+from inc_graph.errors import ConfigError, IncError
 from inc_graph.quantization.fields import DEFAULT_WHITE_LIST, Field
 from inc_graph.quantization.mapping import config_mapping
+from inc_graph.quantization.own_fields import fields_of
 from inc_graph.quantization.where import check_key, key_from_text, key_to_text, shown, where_of
 from inc_graph.recipe import OpQuant, Recipe, Where, WhereRule
 from inc_graph.registry import CONFIGS
@@ -81,8 +83,12 @@ class BaseConfig:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls) and "fields" not in vars(cls):  # written for neural_compressor
+            cls.fields = {**cls.fields, **fields_of(cls)}
         cls.params_list = [n for n in cls.fields if n != "white_list"]
         cls.non_tunable_params = ["white_list", *(n for n in cls.params_list if not cls.fields[n].tunable)]
+        if cls.__init__ is not BaseConfig.__init__:
+            return
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         params = [inspect.Parameter(n, kind, default=f.default) for n, f in cls._arguments().items()]
         cls.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
@@ -114,6 +120,9 @@ class BaseConfig:
 
     def _settle(self) -> None:
         """Fields that depend on others, once all are set; and what no two fields may be together."""
+
+    def _post_init(self) -> None:
+        """Classes written for neural_compressor call it at the end of `__init__`. There is nothing left to do."""
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key == "white_list":
@@ -161,10 +170,19 @@ class BaseConfig:
         items = operator_name_or_list if several else [operator_name_or_list]
         for item in items:
             check_key(item)
+        if config is self:  # what it says of all operators, for these
+            config = copy.copy(self)
+            config._local = {}
+        elif config.reaches(self):
+            raise ConfigError("set_local: the config is set in itself", hint="give a config of its own")
         for item in items:
             self._local.pop(item, None)  # the last said goes to the end
             self._local[item] = config
         return self
+
+    def reaches(self, other: BaseConfig) -> bool:
+        """Whether `other` is this config or among its local settings, at any depth."""
+        return self is other or any(c.reaches(other) for c in self._local.values())
 
     @property
     def local_config(self) -> dict[Any, BaseConfig]:
@@ -394,12 +412,19 @@ class BaseConfig:
         return False
 
     def op_quant(self) -> OpQuant | None:
-        """What these fields mean for one operator; None: float.
+        """What these fields mean for one operator; None: float, or left to the entry of an own method.
 
         Raises:
             NotImplementedError: if this version does not have the algorithm.
         """
-        raise NotImplementedError(f"{type(self).__name__}: this version does not have the algorithm '{self.name}'")
+        if self.name in algos_mapping:
+            return None
+        raise self._missing()
+
+    def _missing(self) -> NotImplementedError:
+        text = f"{type(self).__name__}: this version does not have the algorithm '{self.name}'"
+        own = not type(self).__module__.startswith("inc_graph.")
+        return NotImplementedError(f"{text}: enter yours with register_algo({self.name!r})" if own else text)
 
     def implied(self) -> tuple[tuple[str, BaseConfig], ...]:
         """Settings by name that the fields imply, such as a float head; any setting of the user's is stronger."""
@@ -411,7 +436,7 @@ class BaseConfig:
         Raises:
             NotImplementedError: as `op_quant`.
         """
-        raise NotImplementedError(f"{type(self).__name__}: this version does not have the algorithm '{self.name}'")
+        raise self._missing()
 
     def rules(self) -> tuple[WhereRule, ...]:
         """Rules of this config and its local settings, from the general to the specific."""
@@ -454,13 +479,24 @@ def register_config(
 ) -> Callable[[type[C]], type[C]]:
     """Class decorator: enter a config class under the name of its algorithm.
 
-    `from_dict` of compositions, `get_all_config_set` and the dictionary form of configs find it there.
+    `from_dict` of compositions, `get_all_config_set` and the dictionary form of configs find it there. A class that is
+    defined once more takes the place of the earlier one.
+
+    Raises:
+        IncError: another class has the name.
     """
 
     def enter(cls: type[C]) -> type[C]:
         cls.name = algo_name or cls.name
         cls.priority = int(priority) if priority else cls.priority
-        CONFIGS.add(cls.name, cls)
+        try:
+            CONFIGS.add(cls.name, cls)
+        except IncError:
+            old = CONFIGS.get(cls.name)
+            if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise
+            CONFIGS.remove(cls.name)  # the cell of a notebook was run again
+            CONFIGS.add(cls.name, cls)
         return cls
 
     return enter

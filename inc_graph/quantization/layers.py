@@ -90,11 +90,12 @@ def save(self: nn.Module, checkpoint_dir: Any = "saved_results", format: Any = "
     folder, limit = destination(checkpoint_dir, format, options)
     found = leaves(self)
     report = report_of(self)
-    if report is None or not found or not all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
+    algorithms = self.__dict__.get("_inc_algorithm", {}).get("algorithms")
+    if report is None or not (found or algorithms) or not all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
         raise SavedModelError("only a converted model can be saved", hint="convert(prepared) makes one")
     layers = [(paths, leaf.inner, _facts(leaf)) for leaf, paths in found.items()]
     kind = f"{type(self).__module__}.{type(self).__qualname__}"
-    save_layers(layers, _state(self), report, kind, folder, limit)  # type: ignore[arg-type]
+    save_layers(layers, _state(self), report, kind, folder, limit, algorithms)  # type: ignore[arg-type]
 
 
 def _facts(leaf: Leaf) -> dict[str, Any]:

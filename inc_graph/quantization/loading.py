@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning, SavedModelError, UnknownNameError
-from inc_graph.export import refuse_quantized
+from inc_graph.export import refuse_quantized, unwrap
 from inc_graph.quantization.finish import assemble
 from inc_graph.quantization.layers import call_every_layer, keep_report, put, report_of, tensors_of
 from inc_graph.quantization.leaf import Form, Leaf, is_layer
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.saved import check_format
+from inc_graph.quantization.user_algorithms import own_copy, rebuild
 from inc_graph.recipe import Recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import Report, attribute_bytes
@@ -41,6 +42,7 @@ def save(model: nn.Module, checkpoint_dir: Any = "saved_results", format: Any = 
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a converted model, got {type(model).__name__}")
+    model = unwrap(model)
     if not isinstance(model, QuantizedModel) and report_of(model) is None:
         inside = [path for path, m in model.named_modules() if isinstance(m, QuantizedModel)]
         hint = f"save its part {inside[0]!r} instead" if inside else "prepare, calibrate and convert it first"
@@ -85,17 +87,16 @@ def load(
     place = _device(device)
     saved = read_model(path, place)
     try:
-        recipe = Recipe.from_json(saved.facts.get("recipe"))  # type: ignore[arg-type]
         report = Report.from_json(saved.facts.get("report"))
         if saved.scope == "graph":
             return _load_graph(saved, report, _backend(saved, backend, place), place)
-        if saved.scope == "module":
-            return _load_layers(saved, recipe, report, original_model, _backend(saved, backend, place), place)
+        return _load_layers(saved, report, original_model, backend, place)
     except SavedModelError as e:
         raise SavedModelError(f"{path}: {e.message}", node=e.node, module=e.module, hint=e.hint) from e
+    except NotImplementedError as e:
+        raise SavedModelError(f"{path}: {e}", hint="import the module that enters it") from e
     except (ConfigError, UnknownNameError) as e:
         raise SavedModelError(f"{path}: {e.message}", hint=e.hint) from e
-    raise SavedModelError(f"{path}: field 'scope' is {saved.scope!r}, which this version does not read")
 
 
 def _device(device: Any) -> torch.device:
@@ -149,12 +150,19 @@ def _table(data: Any, *names: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------- layers
 def _load_layers(
-    saved: SavedModel, recipe: Recipe, report: Report, original: Any, backend: str, device: torch.device
+    saved: SavedModel, report: Report, original: Any, asked: str | None, device: torch.device
 ) -> nn.Module:
     body = _table(saved.body, "class", "layers", "state")
     model = _original(original, str(body["class"])[:200])
     if not all(isinstance(body[k], list) for k in ("layers", "state")):
         raise SavedModelError("the fields layers and state are not lists")
+    if saved.scope == "algorithm":
+        model = _rebuilt(model, saved.facts.get("algorithms"))
+    recipe: Any = saved.facts.get("recipe")
+    backend = report.backend
+    if body["layers"]:
+        Recipe.from_json(recipe)
+        backend = _backend(saved, asked, device)
     plan = []
     parts = Report(report.method, backend, floats=report.floats, notes=report.notes, timings=report.timings)
     parts.bytes_before = report.bytes_before
@@ -165,7 +173,7 @@ def _load_layers(
             step(paths[0])
             old = _layer(model, paths)
             gm = read_graph(_table(data, "graph", "facts")["graph"], saved.tensors, moved)
-            gm.meta["inc"]["recipe"] = recipe.to_json()
+            gm.meta["inc"]["recipe"] = recipe
             inner = _assembled(gm, backend, Report(report.method))
             plan.append((paths, _leaf(inner, data["facts"], paths[0], old)))
             parts.kernels += inner.report.kernels
@@ -180,6 +188,16 @@ def _load_layers(
     parts.bytes_after = attribute_bytes(model)
     keep_report(model, parts)
     return model
+
+
+def _rebuilt(model: nn.Module, algorithms: Any) -> nn.Module:
+    """A copy of the float model, in the form that own methods give it; its values are those of the float model."""
+    try:
+        return rebuild(own_copy(model), algorithms)
+    except IncError:
+        raise
+    except Exception as e:  # whatever an entry says
+        raise SavedModelError(f"the own methods cannot rebuild the model: {type(e).__name__}: {e}") from e
 
 
 def _original(original: Any, saved_class: str) -> nn.Module:

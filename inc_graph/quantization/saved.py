@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,6 +93,7 @@ def save_layers(
     model_class: str,
     folder: Path,
     max_shard_size: int | str = DEFAULT_SHARD,
+    algorithms: Mapping[str, Any] | None = None,
 ) -> None:
     """Save a model whose layers are quantized.
 
@@ -102,9 +103,11 @@ def save_layers(
         report: Of the whole model.
         model_class: Its qualified name, for messages.
         folder, max_shard_size: As for `save_graph`.
+        algorithms: Own method -> its config, for a model that own methods have converted.
     """
-    first = layers[0][1].parts()[0]
-    recipe = get_recipe(first).to_json()
+    first = layers[0][1].parts()[0] if layers else None
+    recipe = None if first is None else get_recipe(first).to_json()
+    own = None if algorithms is None else {name: config.to_dict() for name, config in algorithms.items()}
 
     def body(tensors: Any) -> dict[str, Any]:
         parts = []
@@ -119,4 +122,8 @@ def save_layers(
         rest = [{"paths": p, **tensors.add(p[0], t, keep_aliases=f["alias"]), **f} for p, t, f in state]
         return {"class": model_class, "layers": parts, "state": rest}
 
-    write_model(folder, "module", graph_facts(report, recipe, device_of(first)), body, max_shard_size)
+    device = device_of(first) if first is not None else str(state[0][1].device) if state else "cpu"
+    facts = graph_facts(report, recipe, device)
+    if own is not None:
+        facts["algorithms"] = own
+    write_model(folder, "module" if own is None else "algorithm", facts, body, max_shard_size)

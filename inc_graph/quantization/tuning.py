@@ -76,7 +76,8 @@ def autotune(
     result = TuningResult(baseline, tune_config.limit(baseline), tune_config.higher_is_better)
     if journal is not None:
         journal.begin(baseline)
-    source = Source(*exported(model, example_inputs, dynamic_shapes), example_inputs, run_fn, _arguments(run_args))
+    start_from = exported(model, example_inputs, dynamic_shapes)
+    source = Source(*start_from, example_inputs, run_fn, _arguments(run_args), model)
     best: nn.Module | None = None
     with errors_of_the_user(), watch(result) as step:
         if tune_config.strategy == "sensitivity":

@@ -24,6 +24,7 @@ from inc_graph.quantization.one_layer import is_graph
 from inc_graph.quantization.sensitivity import Measured, measure
 from inc_graph.quantization.sensitivity_search import Plan
 from inc_graph.quantization.tuning_table import Trial
+from inc_graph.quantization.user_algorithms import has_own_algorithm, own_copy
 from inc_graph.report import attribute_bytes
 
 __all__ = ["Source", "errors_of_the_user", "exported", "run_trial"]
@@ -38,9 +39,13 @@ class Source:
     example_inputs: Any
     run_fn: Any
     run_args: tuple[Any, ...]
+    original: nn.Module  # what methods of one's own work on: modules, and a copy whose weights they may write to
 
     def quantize(self, config: BaseConfig) -> nn.Module:
         """The quantized model. What `run_fn` raises comes as `errors_of_the_user` turns it back."""
+        if has_own_algorithm(config):
+            model = own_copy(unwrap(self.original))
+            return quantize(model, config, _passing(self.run_fn), self.run_args, example_inputs=self.example_inputs)
         return quantize(self._start(), config, _passing(self.run_fn), self.run_args, example_inputs=self.exportable)
 
     def measure(self, config: BaseConfig, calls: int, step: Callable[[str], None]) -> Measured:

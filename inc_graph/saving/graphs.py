@@ -22,7 +22,6 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from inc_graph.errors import IncError, SavedModelError
 from inc_graph.graph import get_attr, mutated_attrs, peek_meta, set_level, val
 from inc_graph.inputs import watch_inputs
-from inc_graph.saving.symbols import Symbols, write_symbols
 from inc_graph.saving.tensors import TensorReader, TensorWriter
 from inc_graph.saving.trees import read_tree, write_tree
 from inc_graph.saving.values import decode, dtype_of, encode
@@ -46,6 +45,13 @@ _REFUSED = ("aten.from_file",)  # reads any file
 
 
 # -------------------------------------------------------------------------------------------------------------- write
+def _symbols() -> Any:
+    """The module that knows sizes of run time. It loads sympy, which takes longer than all the rest."""
+    from inc_graph.saving import symbols
+
+    return symbols
+
+
 def write_graph(
     gm: fx.GraphModule, tensors: TensorWriter, packed: dict[str, Callable[[], torch.Tensor]] | None = None
 ) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def write_graph(
     data: dict[str, Any] = {
         "nodes": nodes,
         "stacks": [json.loads(s) for s in stacks],
-        "symbols": write_symbols(val(n) for n in gm.graph.nodes),
+        "symbols": _symbols().write_symbols(val(n) for n in gm.graph.nodes),
         "attributes": _attributes(gm, tensors, packed or {}),
         "meta": json.loads(json.dumps(gm.meta.get("inc", {}))),
     }
@@ -189,7 +195,7 @@ def read_graph(data: Any, tensors: TensorReader, device: torch.device | None = N
 class _Reader:
     def __init__(self, data: Any, device: torch.device | None, outer: _Reader | None) -> None:
         self.device = device
-        self.symbols: Symbols = outer.symbols if outer else Symbols({})
+        self.symbols: Any = outer.symbols if outer else _symbols().Symbols({})
         self.symbols.add(_field(data, "symbols", dict))
         fake = outer.mode if outer else FakeTensorMode(shape_env=self.symbols.env, allow_non_fake_inputs=True)
         self.mode: FakeTensorMode = fake

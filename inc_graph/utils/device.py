@@ -11,7 +11,7 @@ from torch import nn
 from inc_graph.errors import ConfigError, LoweringError
 from inc_graph.registry import BACKENDS
 
-__all__ = ["DEVICES", "choose_backend", "detect_device", "is_ipex_imported"]
+__all__ = ["DEVICES", "choose_backend", "detect_device", "is_device_available", "is_ipex_imported"]
 
 DEVICES = ("hpu", "xpu", "cuda", "cpu")
 _BACKENDS = {"cpu": "inductor", "cuda": "cuda", "hpu": "hpu", "xpu": "inductor"}
@@ -22,14 +22,34 @@ def is_ipex_imported() -> bool:
     return "intel_extension_for_pytorch" in sys.modules
 
 
-def detect_device(model: nn.Module | None = None) -> str:
-    """The device that decides on a backend: where the tensors of `model` are, or the best accelerator present.
+def is_device_available(name: str) -> bool:
+    """Whether torch can use a device of this kind here."""
+    return name == "cpu" or bool(getattr(getattr(torch, name, None), "is_available", lambda: False)())
 
-    `INC_TARGET_DEVICE` decides instead if it is set.
+
+def detect_device(device: nn.Module | torch.device | str | int | None = None) -> str:
+    """The device to work on.
+
+    Args:
+        device: None or "auto": the best accelerator present. A number, also as text: that one of its kind, the CPU
+            where there is no accelerator. A model: where its tensors are. A device or its name ("cuda:1"): that one.
+            `INC_TARGET_DEVICE` decides instead in all cases but the last.
 
     Raises:
-        ConfigError: if `INC_TARGET_DEVICE` names no known device.
+        ConfigError: `INC_TARGET_DEVICE`, or the name given, names no device.
     """
+    if isinstance(device, torch.device) or (isinstance(device, str) and device != "auto" and not device.isdecimal()):
+        try:
+            return str(torch.device(device))
+        except RuntimeError:
+            raise ConfigError(f"{device!r} is not a device", hint="for example 'cuda:0', 'cpu' or 'auto'") from None
+    kind = _kind(device if isinstance(device, nn.Module) else None)
+    if device is None or device == "auto" or isinstance(device, nn.Module) or kind == "cpu":
+        return kind
+    return f"{kind}:{int(device)}"
+
+
+def _kind(model: nn.Module | None) -> str:
     wanted = os.environ.get("INC_TARGET_DEVICE", "").strip().lower()
     if wanted:
         if wanted not in DEVICES:
@@ -39,11 +59,7 @@ def detect_device(model: nn.Module | None = None) -> str:
         tensor = next(iter([*model.parameters(), *model.buffers()]), None)
         if tensor is not None:
             return tensor.device.type
-    for name in DEVICES[:-1]:
-        module = getattr(torch, name, None)
-        if module is not None and getattr(module, "is_available", lambda: False)():
-            return name
-    return "cpu"
+    return next(name for name in DEVICES if is_device_available(name))
 
 
 def choose_backend(backend: str = "auto", device: str | None = None) -> tuple[str, str]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.torch_version import TorchVersion
+
+from inc_graph.utils.version import Version
 
 __all__ = [
-    "get_ipex_version", "get_torch_version", "get_used_cpu_mem_MB", "get_used_hpu_mem_MB", "is_hpex_available",
-    "is_hpu_available", "is_ipex_available", "is_numba_available", "is_optimum_available",
+    "can_pack_with_numba", "get_ipex_version", "get_used_cpu_mem_MB", "get_used_hpu_mem_MB", "is_hpex_available",
+    "is_hpex_support_g_idx", "is_hpu_available", "is_ipex_available", "is_numba_available", "is_optimum_available",
     "is_optimum_habana_available", "is_package_available", "is_tbb_available", "is_transformers_imported",
 ]  # fmt: skip
 
@@ -42,6 +43,17 @@ def is_hpex_available() -> bool:
 def is_hpu_available() -> bool:
     """Whether a Gaudi accelerator can be used."""
     return is_hpex_available() and _hpu() is not None and bool(_hpu().is_available())
+
+
+def is_hpex_support_g_idx() -> bool:
+    """Whether Gaudi's operator that unpacks 4-bit weights takes the group of each row."""
+    if not is_hpex_available():
+        return False
+    importlib.import_module("habana_frameworks.torch")  # it registers the operator
+    try:
+        return "group_index" in str(torch._C._get_schema("hpu::convert_from_int4", ""))
+    except RuntimeError:  # there is no such operator
+        return False
 
 
 def _hpu() -> Any:
@@ -72,23 +84,23 @@ def is_tbb_available() -> bool:
     return True
 
 
+def can_pack_with_numba() -> bool:
+    """Whether numba and tbb are there, with which neural_compressor packs weights. Here torch packs them."""
+    return is_numba_available() and is_tbb_available()
+
+
 def is_transformers_imported() -> bool:
     """Whether the program has imported transformers."""
     return "transformers" in sys.modules
 
 
-def get_torch_version() -> TorchVersion:
-    """The version of torch without its build ("2.13.0"); compares with strings, tuples and versions."""
-    return TorchVersion(str(torch.__version__).partition("+")[0])
-
-
-def get_ipex_version() -> TorchVersion | None:
+def get_ipex_version() -> Version | None:
     """The version of intel_extension_for_pytorch, None if it is not installed."""
     try:
         version = importlib.metadata.version("intel_extension_for_pytorch")
     except importlib.metadata.PackageNotFoundError:
         return None
-    return TorchVersion(version.partition("+")[0])
+    return Version(version.partition("+")[0])
 
 
 def get_used_cpu_mem_MB() -> float:

@@ -14,13 +14,30 @@ from inc_graph.common.logger import logger
 from inc_graph.errors import IncError
 
 __all__ = [
-    "WHITE_MODULE_LIST", "fetch_module", "forward_wrapper", "get_attr", "get_block_names", "get_model_device",
-    "get_model_info", "get_module", "get_non_persistent_buffers", "load_non_persistent_buffers", "move_input_device",
-    "set_attr", "set_module", "to_device", "to_dtype",
+    "SUPPORTED_LAYERS", "WHITE_MODULE_LIST", "Conv1D", "fetch_module", "forward_wrapper", "get_attr",
+    "get_model_device", "get_model_info", "get_module", "get_non_persistent_buffers", "load_non_persistent_buffers",
+    "move_input_device", "set_attr", "set_module", "to_device", "to_dtype",
 ]  # fmt: skip
 
 WHITE_MODULE_LIST = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
 """The classes of layers that `get_model_info` is mostly asked for."""
+
+
+class _ByName(type):
+    """`isinstance` goes by the name and the module of the classes that an object has."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return any((c.__name__, c.__module__) == (cls.__name__, cls.__module__) for c in type(instance).__mro__)
+
+
+class Conv1D(nn.Module, metaclass=_ByName):
+    """Stands for the linear layer of transformers' older models, whether that package is imported, later, or never."""
+
+    __module__ = "transformers.pytorch_utils"
+
+
+SUPPORTED_LAYERS = [nn.Linear, Conv1D]
+"""The classes of layers whose weights alone can be quantized."""
 
 
 def fetch_module(model: nn.Module, op_name: str) -> Any:
@@ -74,19 +91,6 @@ def get_model_device(model: nn.Module) -> str | None:
     """The type of the device of the first parameter ("cpu"), or buffer; None of a model without tensors."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return None if first is None else first.device.type
-
-
-def get_block_names(model: nn.Module) -> list[list[str]]:
-    """The names of the repeated blocks of a model: of the entries of the `nn.ModuleList` that holds most parameters.
-
-    A list of one list, empty for a model without any such list.
-    """
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        return []
-    # of lists inside of each other the outer one has at least as many: `max` takes the first of equals
-    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [[f"{name}.{i}" if name else str(i) for i in range(len(blocks))]]
 
 
 def get_non_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

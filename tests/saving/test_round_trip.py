@@ -364,3 +364,16 @@ def test_another_device(tmp_path: Path) -> None:
         assert all(t.is_meta for t in [*moved.parameters(), *moved.buffers()])
         graph = moved.graph if given else moved.fc.inner.graph
         assert all(n.meta["val"].is_meta for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
+
+
+@pytest.mark.parametrize("exported", [True, False], ids=["graph", "layers"])
+def test_what_is_loaded_can_be_compiled_and_exported(exported: bool, tmp_path: Path) -> None:
+    q, inputs, other = converted("net", exported=exported)
+    save(torch.compile(q), tmp_path)  # the wrapper of torch.compile is not saved
+    loaded = load(tmp_path, other)
+    with torch.no_grad():
+        want = call(q, inputs[0])["logits"]
+        torch.testing.assert_close(torch.compile(loaded)(*inputs[0])["logits"], want)
+        program = torch.export.export(loaded, inputs[0])
+        torch.testing.assert_close(program.module()(*inputs[0])["logits"], want)
+    assert "inc" in str(program.graph)

@@ -124,6 +124,12 @@ class INT8StaticQuantConfig(_Int8Config):
     }
     tuning: ClassVar[dict[str, list[Any]]] = {"act_sym": [True, False], "act_algo": ["kl", "minmax"]}
 
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """Not where weights alone are quantized, without a correction that looks at the inputs."""
+        alone = self.leaves_float() or (self.act_dtype == "fp32" and not self.bias_correction)
+        return not alone or any(c.needs_calibration for c in self._local.values())
+
     def op_quant(self) -> OpQuant | None:
         if self.w_dtype == "fp32":
             return None

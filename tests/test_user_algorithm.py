@@ -1,0 +1,580 @@
+"""Methods of one's own: a Quantizer and a config, entered, get set_local, compositions, autotune and loading."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inc_graph.algorithms import Quantizer, algos_mapping, get_quantizer, postprocess_model, register_algo
+from inc_graph.algorithms.entries import OFFERS_LOAD
+from inc_graph.common.base_config import BaseConfig, ComposableConfig, register_config
+from inc_graph.common.base_tuning import TuningConfig
+from inc_graph.common.utils import Mode
+from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning, UnknownNameError, UnusedRuleWarning
+from inc_graph.export import export
+from inc_graph.quantization import (
+    GPTQConfig,
+    RTNConfig,
+    StaticQuantConfig,
+    autotune,
+    convert,
+    finalize_calibration,
+    prepare,
+    quantize,
+)
+from inc_graph.quantization.fields import Field, an_int
+from inc_graph.quantization.user_algorithms import algorithms_of, rebuild
+from inc_graph.registry import CONFIGS
+from tests.model_state import same, snapshot
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc10, self.norm, self.fc2 = (
+            nn.Linear(8, 16),
+            nn.Linear(16, 16),
+            nn.LayerNorm(16),
+            nn.Linear(16, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(torch.relu(self.fc10(torch.relu(self.fc1(x))))))
+
+
+class Codes(nn.Module):
+    """A linear layer whose weight is codes and a scale; it also clips its input to what was seen."""
+
+    def __init__(self, linear: nn.Linear, bits: int, seen: float) -> None:
+        super().__init__()
+        high = 2 ** (bits - 1) - 1
+        scale = linear.weight.detach().abs().amax().clamp(min=1e-6) / high
+        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("limit", torch.tensor(float(seen)))
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.clamp(-self.limit, self.limit), self.codes * self.scale, self.bias)
+
+
+class RoundQuantizer(Quantizer):
+    """`quant_config`: path -> bits."""
+
+    def prepare(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        self.seen = dict.fromkeys(self.quant_config, 0.0)
+        self.hooks = [
+            model.get_submodule(p).register_forward_pre_hook(self._watch(p)) for p in self.quant_config
+        ]  # fmt: skip
+        return model
+
+    def _watch(self, path: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.seen[path] = max(self.seen[path], float(inputs[0].abs().max()))
+
+        return hook
+
+    def convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        for hook in self.hooks:
+            hook.remove()
+        for path, bits in self.quant_config.items():
+            model.set_submodule(path, Codes(model.get_submodule(path), bits, self.seen[path] or float("inf")))
+        return model
+
+
+class RoundConfig(BaseConfig):
+    fields: ClassVar[dict[str, Field]] = {"bits": Field(8, an_int(2, 8)), "dtype": Field("int")}
+    operators: ClassVar[tuple[Any, ...]] = (nn.Linear,)
+    tuning: ClassVar[dict[str, list[Any]]] = {"bits": [2, 8]}
+
+    def leaves_float(self) -> bool:
+        return self.dtype == "fp32"
+
+
+CALLS: list[tuple[Mode, dict[Any, Any], dict[str, Any]]] = []
+
+
+def entry(model: nn.Module, configs_mapping: Any, mode: Mode = Mode.QUANTIZE, *args: Any, **kwargs: Any) -> nn.Module:
+    CALLS.append((mode, configs_mapping, kwargs))
+    bits = {
+        path: c.bits for (path, _), c in configs_mapping.items() if c.name == "round_own" and not c.leaves_float()
+    }  # fmt: skip
+    quantizer = get_quantizer(model, RoundQuantizer, bits)
+    model = quantizer.execute(model, mode, *args, **kwargs)
+    postprocess_model(model, mode, quantizer)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def own_method() -> Iterator[None]:
+    """The method is entered; whatever else a test enters is gone after it."""
+    entries, configs = dict(algos_mapping), set(CONFIGS.names())
+    register_config(algo_name="round_own", priority=95)(RoundConfig)
+    register_algo("round_own")(entry)
+    CALLS.clear()
+    with torch.no_grad():
+        yield
+    OFFERS_LOAD.clear()
+    algos_mapping.clear()
+    algos_mapping.update(entries)
+    for name in set(CONFIGS.names()) - configs:
+        CONFIGS.remove(name)
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(32, 8)
+
+
+def bits_of(model: nn.Module) -> dict[str, int]:
+    """Path -> bits of the layers that the method has replaced."""
+    widths = {n: int(m.codes.abs().max()) for n, m in model.named_modules() if isinstance(m, Codes)}
+    return {n: int(v).bit_length() + 1 for n, v in widths.items()}
+
+
+def close(a: Tensor, b: Tensor, db: float = 25) -> bool:
+    return bool(10 * torch.log10((a**2).sum() / ((a - b) ** 2).sum()) > db)
+
+
+# ------------------------------------------------------------------------------------------------------------ the calls
+def test_prepare_run_convert(model: Net, x: Tensor) -> None:
+    want, config = model(x), RoundConfig()
+    prepared = prepare(model, config, example_inputs=(x,))
+    assert prepared is model and bits_of(prepared) == {} and isinstance(prepared.quantizer, RoundQuantizer)
+    prepared(x)
+    q = convert(prepared)
+    assert q is model and bits_of(q) == {"fc1": 8, "fc10": 8, "fc2": 8} and "quantizer" not in vars(q)
+    assert float(q.fc1.limit) == pytest.approx(float(x.abs().max())) and close(want, q(x))
+    assert [mode for mode, _, _ in CALLS] == [Mode.PREPARE, Mode.CONVERT]
+    assert list(CALLS[0][1]) == [("fc1", "Linear"), ("fc10", "Linear"), ("fc2", "Linear")]
+    assert all(kwargs["example_inputs"][0] is x for _, _, kwargs in CALLS) and config == RoundConfig()
+    assert "round_own" in str(q.report) and "fc1, fc10, fc2" in str(q.report)
+    assert 0 < q.report.bytes_after < q.report.bytes_before
+
+
+@pytest.mark.parametrize("run_args", [None, (3,), [3], 3], ids=str)
+def test_quantize(model: Net, x: Tensor, run_args: Any) -> None:
+    seen: list[Any] = []
+
+    def run(m: nn.Module, *more: Any) -> None:
+        seen.append(more)
+        m(x)
+
+    q = quantize(model, RoundConfig(), run, run_args, example_inputs={"x": x})
+    assert q is model and seen == [() if run_args is None else (3,)] and float(q.fc1.limit) == float(x.abs().max())
+    (mode, _, kwargs) = CALLS[0]
+    assert mode is Mode.QUANTIZE and kwargs["run_fn"] is run and kwargs["run_args"] == run_args
+    assert kwargs["example_inputs"]["x"] is x
+
+
+def test_without_data(model: Net, x: Tensor) -> None:
+    other = copy.deepcopy(model)
+    a, b = quantize(model, RoundConfig()), convert(other, {"round_own": {"bits": 8}})
+    assert bits_of(a) == bits_of(b) == {"fc1": 8, "fc10": 8, "fc2": 8} and torch.equal(a(x), b(x))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_inplace(model: Net, x: Tensor, inplace: bool) -> None:
+    before = snapshot(model)
+    prepared = prepare(model, RoundConfig(), inplace)
+    prepared(x)
+    assert (prepared is model) is inplace and same(before, snapshot(model)) is not inplace
+    q = convert(prepared, inplace=inplace)
+    assert (q is prepared) is inplace and bits_of(q) and bool(bits_of(prepared)) is inplace
+    assert float(q.fc1.limit) == float(x.abs().max())
+    if not inplace:
+        again = convert(prepared, inplace=False)  # a prepared model can be converted more than once
+        assert torch.equal(again(x), q(x)) and same(before, snapshot(model))
+        assert quantize(model, RoundConfig(), inplace=False) is not model and same(before, snapshot(model))
+
+
+# ----------------------------------------------------------------------------------------------- which module gets what
+def test_local_settings(model: Net) -> None:
+    def wide(operator: Any) -> bool:
+        return operator.weight_shape == (16, 16) and operator.op == "linear"
+
+    two, three, fp32 = RoundConfig(2), RoundConfig(3), RoundConfig(dtype="fp32")
+    cases: list[tuple[BaseConfig, dict[str, int]]] = [
+        (RoundConfig().set_local("fc2", two), {"fc1": 8, "fc10": 8, "fc2": 2}),
+        (RoundConfig().set_local("fc1$", two), {"fc1": 2, "fc10": 8, "fc2": 8}),
+        (RoundConfig().set_local(".*2", fp32), {"fc1": 8, "fc10": 8}),
+        (RoundConfig().set_local(nn.Linear, two).set_local("fc2", three), {"fc1": 2, "fc10": 2, "fc2": 3}),
+        (RoundConfig().set_local(wide, two), {"fc1": 8, "fc10": 2, "fc2": 8}),
+        (RoundConfig(white_list=["fc2", wide]), {"fc10": 8, "fc2": 8}),
+        (RoundConfig(white_list=[nn.Linear]).set_local(["fc1$", "fc2"], two), {"fc1": 2, "fc10": 8, "fc2": 2}),
+    ]
+    for config, want in cases:
+        before = copy.deepcopy(config)
+        assert bits_of(quantize(copy.deepcopy(model), config)) == want, config
+        assert config == before
+
+
+def test_settings_that_fit_nothing_or_too_much_are_reported(model: Net) -> None:
+    config = RoundConfig(white_list=[nn.Linear, nn.Conv2d]).set_local("fc3", RoundConfig(2))
+    with pytest.warns(UnusedRuleWarning) as caught:
+        quantize(copy.deepcopy(model), config)
+    assert [str(w.message) for w in caught] == [
+        "white_list entry Conv2d matched no module that is for round_own",
+        "set_local('fc3') matched no module that is for round_own",
+    ]
+    assert all(w.filename == __file__ for w in caught)
+    with pytest.warns(IncWarning, match=r"set_local\('fc1'\) also takes fc10") as caught:
+        prepare(model, RoundConfig().set_local("fc1", RoundConfig(2)))
+    assert caught[0].filename == __file__
+
+
+def test_the_entry_cannot_change_the_users_config(model: Net) -> None:
+    @register_algo("round_own")
+    def greedy(model: nn.Module, configs_mapping: dict[Any, Any], mode: Mode, **kwargs: Any) -> nn.Module:
+        for config in configs_mapping.values():
+            config.bits = 2
+        configs_mapping.clear()
+        return model
+
+    config = RoundConfig().set_local("fc2", RoundConfig(4))
+    prepared = prepare(model, config)
+    convert(prepared)
+    assert config == RoundConfig().set_local("fc2", RoundConfig(4))
+
+
+# --------------------------------------------------------------------------------------------------------- compositions
+class Halves(Quantizer):
+    def prepare(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return model
+
+    def convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        for path in self.quant_config:
+            module = model.get_submodule(path)
+            module.weight.copy_(module.weight.half())
+            module.halved = True
+        return model
+
+
+def halves_method(name: str = "halves", priority: int = 10) -> type[BaseConfig]:
+    class HalvesConfig(BaseConfig):
+        operators: ClassVar[tuple[Any, ...]] = (nn.Linear, nn.LayerNorm)
+
+    @register_algo(name)
+    def run(model: nn.Module, configs_mapping: Any, mode: Mode, *args: Any, **kwargs: Any) -> nn.Module:
+        quantizer = get_quantizer(model, Halves, [path for (path, _), c in configs_mapping.items() if c.name == name])
+        model = quantizer.execute(model, mode, *args, **kwargs)
+        postprocess_model(model, mode, quantizer)
+        return model
+
+    return register_config(algo_name=name, priority=priority)(HalvesConfig)
+
+
+def halved(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if getattr(m, "halved", False)]
+
+
+def test_two_own_methods(model: Net, x: Tensor) -> None:
+    both = RoundConfig(white_list=["fc2"]) + halves_method()()
+    prepared = prepare(model, both)
+    assert [type(q) for q in vars(prepared)["_inc_quantizers"]] == [RoundQuantizer, Halves]
+    prepared(x)
+    q = convert(prepared)
+    assert bits_of(q) == {"fc2": 8} and float(q.fc2.limit) < float("inf")  # each found its own quantizer again
+    assert halved(q) == ["fc1", "fc10", "norm"]  # the layer norm is not for the other method, whatever its priority
+
+
+def test_priority(model: Net) -> None:
+    other = halves_method(priority=99)
+    q = quantize(copy.deepcopy(model), RoundConfig() + other())
+    assert bits_of(q) == {} and halved(q) == ["fc1", "fc10", "norm", "fc2"]
+    q = quantize(model, RoundConfig() + halves_method("weak", 1)())
+    assert len(bits_of(q)) == 3 and halved(q) == ["norm"]
+
+
+@pytest.mark.parametrize("form", ["sum", "own local", "local of own"])
+@pytest.mark.parametrize("call", ["quantize", "prepare", "copy"])
+def test_beside_a_method_of_the_library(model: Net, x: Tensor, form: str, call: str) -> None:
+    config = {
+        "sum": RoundConfig(white_list=["fc10"]) + StaticQuantConfig(),
+        "own local": StaticQuantConfig().set_local("fc10", RoundConfig()),
+        "local of own": RoundConfig(white_list=["fc10"]).set_local("fc(1|2)$", StaticQuantConfig()),
+    }[form]
+    want, before = model(x), snapshot(model)
+    if call == "quantize":
+        q = quantize(model, config, lambda m: m(x))
+    else:
+        prepared = prepare(model, config, inplace=call == "prepare")
+        prepared(x)
+        q = convert(prepared, inplace=call == "prepare")
+    assert bits_of(q) == {"fc10": 8} and close(want, q(x))
+    assert {line.module for line in q.report.quantized} == {"fc1", "fc2"} and q.report.method.startswith("round_own, ")
+    assert (q is model) is (call != "copy") and same(before, snapshot(model)) is (call == "copy")
+
+
+def test_a_method_of_the_library_can_be_replaced(model: Net) -> None:
+    @register_algo("rtn")
+    def mine(model: nn.Module, configs_mapping: Any, mode: Mode, **kwargs: Any) -> nn.Module:
+        model.got = {path: c.bits for (path, _), c in configs_mapping.items()}
+        return model
+
+    q = quantize(model, RTNConfig(bits=3).set_local("fc2", RTNConfig(bits=2)))
+    assert q.got == {"fc1": 3, "fc10": 3, "fc2": 2}
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def refused(model: nn.Module, error: type[Exception], match: str, call: Any) -> None:
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        call(model)
+    assert same(before, snapshot(model))
+
+
+def test_what_cannot_be_is_refused_and_changes_nothing(model: Net, x: Tensor) -> None:
+    own = RoundConfig()
+    refused(model, ConfigError, "round_own works on modules, and this is a graph", lambda m: prepare(export(m, x), own))
+    program = torch.export.export(model, (x,))
+    refused(model, CaptureError, "round_own works on a torch.nn.Module, not on ExportedProgram",
+            lambda m: quantize(program, own))  # fmt: skip
+    refused(model, CaptureError, "not on str", lambda m: prepare("model", own))
+    refused(model, ConfigError, "dynamic_shapes cannot be used", lambda m: prepare(m, own, dynamic_shapes={}))
+    refused(model.norm, ConfigError, "no module that is for round_own", lambda m: prepare(m, own))
+    refused(model, ConfigError, "lists of candidates", lambda m: prepare(m, RoundConfig([2, 8])))
+    refused(model, ConfigError, "run_fn must be a function", lambda m: quantize(m, own, 3))
+    mixed = RoundConfig(white_list=["fc2"]) + StaticQuantConfig()
+    refused(model, ConfigError, "needs calibration data", lambda m: quantize(m, mixed))
+    refused(model, ConfigError, "needs calibration data", lambda m: convert(m, mixed))
+
+    class Missing(BaseConfig):
+        name: ClassVar[str] = "nowhere"
+        operators: ClassVar[tuple[Any, ...]] = (nn.Linear,)
+
+    refused(model, NotImplementedError, r"Missing: .*enter yours with register_algo\('nowhere'\)",
+            lambda m: prepare(m, RoundConfig(white_list=["fc2"]) + Missing()))  # fmt: skip
+    refused(model, UnknownNameError, "round_owm.*did you mean 'round_own'", lambda m: prepare(m, {"round_owm": {}}))
+
+    def bad(operator: Any) -> bool:
+        return operator.weight_shape[1] > 8 and operator.nothing
+
+    refused(model, ConfigError, "predicate bad fails for OperatorInfo", lambda m: prepare(m, own.set_local(bad, own)))
+    assert not CALLS  # nothing of this got as far as the entry
+
+
+def test_each_phase_once(model: Net, x: Tensor) -> None:
+    prepared = prepare(model, RoundConfig())
+    with pytest.raises(ConfigError, match="prepared already"):
+        prepare(prepared, RoundConfig())
+    with pytest.raises(ConfigError, match="keep their own statistics"):
+        finalize_calibration(prepared)
+    with pytest.warns(IncWarning, match="quant_config is not used"):
+        q = convert(prepared, RoundConfig(2))
+    assert bits_of(q)["fc1"] == 8
+    for call in (lambda: prepare(q, RoundConfig()), lambda: quantize(nn.Sequential(q), RoundConfig())):
+        with pytest.raises(ConfigError, match="converted already"):
+            call()
+    with pytest.raises(ConfigError, match="converted already"):
+        convert(q)
+
+
+def test_an_entry_that_returns_nothing(model: Net) -> None:
+    @register_algo("round_own")
+    def forgets(model: nn.Module, configs_mapping: Any, mode: Mode, **kwargs: Any) -> Any:
+        return None if mode is Mode.CONVERT else model
+
+    prepared = prepare(model, RoundConfig())
+    with pytest.raises(IncError, match=r"the entry of 'round_own' gave NoneType for Mode.CONVERT, not a model"):
+        convert(prepared)
+
+
+def test_a_config_class_may_demand_data(model: Net, x: Tensor) -> None:
+    class Demanding(RoundConfig):
+        needs_calibration = True
+
+    for call in (quantize, convert):
+        with pytest.raises(ConfigError, match="calibration data"):
+            call(model, Demanding())
+    assert bits_of(quantize(model, Demanding(), lambda m: m(x)))
+
+
+def test_registering(model: Net) -> None:
+    for bad in ("", None, 3):
+        with pytest.raises(ConfigError, match="needs a name"):
+            register_algo(bad)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="must be a function"):
+        register_algo("thing")(3)  # type: ignore[type-var]
+    first, second = (type("Again", (BaseConfig,), {"__module__": "notebook"}) for _ in range(2))
+    register_config(algo_name="again")(first)
+    register_config(algo_name="again")(second)  # the cell was run twice
+    assert CONFIGS.get("again") is second is not first
+    with pytest.raises(IncError, match="registered twice"):
+        register_config(algo_name="again")(type("Other", (BaseConfig,), {"__module__": "notebook"}))
+
+
+# --------------------------------------------------------------------------- a config class as neural_compressor has it
+def test_a_class_with_init_in_the_place_of_fields(model: Net) -> None:
+    class TheirsConfig(BaseConfig):
+        supported_configs: ClassVar[list[Any]] = []
+        params_list: ClassVar[list[str]] = ["bits", "group_size"]
+
+        def __init__(self, bits: int = 4, group_size: int = 32, names: list[str] = [], white_list: Any = "*"):  # noqa: B006
+            super().__init__(white_list=white_list)
+            self.bits = bits
+            self.group_size = group_size
+            self.names = names
+            self._post_init()
+
+        @staticmethod
+        def get_model_info(model: nn.Module) -> list[tuple[str, str]]:
+            return [(n, type(m).__name__) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+
+        @classmethod
+        def get_config_set_for_tuning(cls) -> Any:
+            return cls(bits=[2, 8])
+
+    register_config(framework_name="torch", algo_name="theirs", priority=20)(TheirsConfig)
+
+    @register_algo(name="theirs")
+    def theirs_entry(
+        model: nn.Module, configs_mapping: Any, mode: Mode = Mode.QUANTIZE, *args: Any, **kwargs: Any
+    ) -> Any:
+        model.got = {path: (c.bits, c.group_size) for (path, _), c in configs_mapping.items() if c.name == "theirs"}
+        return model
+
+    config = TheirsConfig(8, names=["a"]).set_local("fc2", TheirsConfig(bits=2))
+    assert TheirsConfig.name == "theirs" and TheirsConfig.priority == 20
+    assert TheirsConfig.from_dict(json.loads(config.to_json_string())) == config == copy.deepcopy(config)
+    assert repr(TheirsConfig(8)) == "TheirsConfig(bits=8)" and config.names == ["a"] and not config.is_set()
+    assert [c.bits for c in TheirsConfig.get_config_set_for_tuning().expand()] == [2, 8]
+    with pytest.raises(TypeError):
+        TheirsConfig(bitz=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="has no field 'bitz'"):
+        config.bitz = 3
+    q = quantize(model, config + RoundConfig(white_list=["fc10"]))
+    assert q.got == {"fc1": (8, 32), "fc2": (2, 32)} and bits_of(q) == {"fc10": 8}  # its priority is higher
+    with pytest.raises(ConfigError, match="the argument 'bits' needs a default"):
+
+        class NoDefault(BaseConfig):
+            def __init__(self, bits: int) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- autotune
+def test_autotune(model: Net, x: Tensor) -> None:
+    want, before = model(x), snapshot(model)
+
+    def score(m: nn.Module) -> float:
+        return -float((m(x) - want).abs().mean())
+
+    tuning = TuningConfig([RoundConfig([2, 8])], tolerable_loss=0.05, relative=False)
+    best = autotune(model, tuning, score, run_fn=lambda m: m(x))
+    assert set(bits_of(best).values()) == {8} and same(before, snapshot(model))
+    assert [t.config.bits for t in best.tuning.trials] == [2, 8] and [t.accepted for t in best.tuning.trials] == [
+        False,
+        True,
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+def reread(configs: Any) -> Any:
+    """As a file gives them back."""
+    return json.loads(json.dumps({name: c.to_dict() for name, c in configs.items()}))
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_a_converted_model_can_be_rebuilt(model: Net, x: Tensor, load: bool) -> None:
+    def is_wide(operator: Any) -> bool:
+        return operator.weight_shape == (16, 16)
+
+    halves = halves_method()
+    if load:
+
+        @register_algo("round_own", load=True)
+        def with_load(model: nn.Module, configs_mapping: Any, mode: Mode, **kwargs: Any) -> nn.Module:
+            CALLS.append((mode, configs_mapping, kwargs))
+            if mode is not Mode.LOAD:
+                return entry(model, configs_mapping, mode, **kwargs)
+            for (path, _), config in configs_mapping.items():
+                if config.name == "round_own":
+                    model.set_submodule(path, Codes(model.get_submodule(path), config.bits, 0.0))
+            return model
+
+    config = RoundConfig(white_list=[nn.Linear]).set_local(is_wide, RoundConfig(3)).set_local("fc2", halves())
+    fresh = Net().eval()
+    q = quantize(model, config + halves(white_list=["norm"]), lambda m: m(x))
+    assert bits_of(q) == {"fc1": 8, "fc10": 3} and halved(q) == ["norm", "fc2"]
+    CALLS.clear()
+    configs = algorithms_of(q)
+    assert configs is not None and list(configs) == ["round_own", "halves"] and algorithms_of(fresh) is None
+    back = rebuild(fresh, reread(configs))
+    assert not torch.equal(back(x), q(x))
+    assert back.load_state_dict(q.state_dict(), strict=True)
+    assert torch.equal(back(x), q(x)) and reread(algorithms_of(back)) == reread(configs)
+    assert [mode for mode, _, _ in CALLS] == ([Mode.LOAD] if load else [Mode.PREPARE, Mode.CONVERT])
+    assert {k: c.bits for k, c in CALLS[0][1].items() if c.name == "round_own"} == {
+        ("fc1", "Linear"): 8, ("fc10", "Linear"): 3,
+    }  # fmt: skip
+    assert rebuild(Net().eval(), configs) is not None  # the configs themselves, too
+
+
+def test_what_cannot_be_rebuilt(model: Net, x: Tensor) -> None:
+    q = quantize(model, RoundConfig(white_list=["fc10"]) + StaticQuantConfig(), lambda m: m(x))
+    configs = algorithms_of(q)
+    assert configs is not None and set(configs) == {"round_own", "static_quant"}
+    back = rebuild(Net().eval(), configs)  # the layers of the library's methods are for the caller to put back
+    assert list(bits_of(back)) == ["fc10"] and type(back.fc1) is type(back.fc2) is nn.Linear
+    only = {"round_own": configs["round_own"]}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        rebuild(Net(), {"round_own": RoundConfig()}).load_state_dict(rebuild(Net(), only).state_dict())
+    with pytest.raises(ConfigError, match="no module that is for round_own"), pytest.warns(UnusedRuleWarning):
+        rebuild(nn.Sequential(nn.ReLU()), only)
+    del algos_mapping["round_own"]
+    with pytest.raises(NotImplementedError, match=r"enter yours with register_algo\('round_own'\)"):
+        rebuild(Net(), only)
+
+
+def test_nothing_warns_when_it_is_right(model: Net, x: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IncWarning)
+        q = quantize(model, ComposableConfig([RoundConfig(white_list=["fc2"])]), lambda m: m(x))
+        rebuild(Net(), reread(algorithms_of(q)))
+    with pytest.raises(NotImplementedError, match="gptq"):
+        prepare(Net().eval(), GPTQConfig() + RoundConfig(white_list=["fc2"]))
+
+
+# ------------------------------------------------------------------------------------------------------- the base class
+def test_quantizer() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Quantizer()  # type: ignore[abstract]
+    said: list[Any] = []
+
+    class Says(Quantizer):
+        def prepare(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            said.append(("prepare", args))
+            return model
+
+        def convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            said.append(("convert", args))
+            return model
+
+    quantizer, model = Says({"fc": 1}), nn.ReLU()
+    assert quantizer.quant_config == {"fc": 1} and Says().quant_config is None
+    assert quantizer.execute(model, Mode.PREPARE, 1) is quantizer.execute(model, "convert", 2) is model
+    quantizer.execute(model, mode=Mode.QUANTIZE, run_fn=lambda m, a: said.append((m, a)), run_args=(7,))
+    assert said == [("prepare", (1,)), ("convert", (2,)), ("prepare", ()), (model, 7), ("convert", ())]
+    with pytest.raises(NotImplementedError, match="Says has no `load`"):
+        quantizer.execute(model, Mode.LOAD)
+    with pytest.raises(ValueError, match="compile"):
+        quantizer.execute(model, "compile")
+    assert get_quantizer(model, Says, {"fc": 2}) is not quantizer
+    postprocess_model(model, Mode.PREPARE, quantizer)
+    assert get_quantizer(model, Says) is quantizer is model.quantizer and not list(model.children())
+    assert type(get_quantizer(model, Halves)) is Halves  # of another method
+    postprocess_model(model, Mode.CONVERT, quantizer)
+    assert not hasattr(model, "quantizer") and get_quantizer(model, Says) is not quantizer
