@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all bench lint format docs clean
+.PHONY: help venv demo test test-slow test-all bench lint format docs pages clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,7 +60,10 @@ format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff format .
 
 docs: $(STAMP) ## build the documentation into site/; a broken link is an error
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
+
+pages: $(STAMP) ## write the pages of docs/ that are made from the code
+	$(BIN)/python docs/generate
 
 clean: ## remove what was built (the environment stays)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
