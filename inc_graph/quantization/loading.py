@@ -178,7 +178,8 @@ def _load_layers(
             plan.append((paths, _leaf(inner, data["facts"], paths[0], old)))
             parts.kernels += inner.report.kernels
             parts.reference += inner.report.reference
-    state = _state(model, body["state"], saved, [p for paths, _ in plan for p in paths])
+    inside = [p for paths, _ in plan for p in paths]
+    state = _state(model, body["state"], saved, inside, body.get("state_dict") is True)
     for paths, leaf in plan:
         model = put(model, paths, leaf)
     for owner, name, tensor in state:
@@ -259,14 +260,18 @@ def _leaf(inner: QuantizedModel, facts: Any, path: str, old: nn.Module) -> Leaf:
 
 
 def _state(
-    model: nn.Module, entries: list[Any], saved: SavedModel, layers: list[str]
+    model: nn.Module, entries: list[Any], saved: SavedModel, layers: list[str], imported: bool
 ) -> list[tuple[nn.Module, str, torch.Tensor]]:
     inside = tuple(f"{path}." if path else "" for path in layers)
     wanted = {path: (owner, name, old) for path, owner, name, old in tensors_of(model) if not path.startswith(inside)}
+    if imported:  # a state_dict has no buffers that are not persistent, and does not say what is a parameter
+        wanted = {p: w for p, w in wanted.items() if w[1] not in w[0]._non_persistent_buffers_set}
     plan = []
     for entry in entries:
         paths = _paths(entry)
         tensor = saved.tensors.get(paths[0], entry)
+        if imported and paths[0] in wanted:
+            entry = {**entry, "parameter": isinstance(wanted[paths[0]][2], nn.Parameter)}
         if entry.get("parameter"):
             grad = bool(entry.get("grad")) and (tensor.is_floating_point() or tensor.is_complex())
             tensor = nn.Parameter(tensor, requires_grad=grad)

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions as torch_sympy
-from torch.utils._sympy.value_ranges import ValueRanges
+from torch.utils._traceback import CapturedTraceback
 
 from inc_graph.errors import SavedModelError
 
@@ -112,7 +112,8 @@ class Symbols:
         lower, upper = (-limit if low is None else sympy.Integer(low)), (limit if high is None else sympy.Integer(high))
         if not lower <= upper:
             raise SavedModelError(f"symbol {name!r} has no value between {low} and {high}")
-        self.env.var_to_range[symbol] = ValueRanges(lower, upper)
+        self.env.constrain_symbol_range(symbol, compiler_min=lower, compiler_max=upper)
+        self.env.var_to_stack[symbol] = CapturedTraceback.extract(skip=1)  # guards ask where it came from
         if hint is not None:
             add = getattr(self.env, "add_backed_var_to_val", None) or self.env.add_var_to_val
             add(symbol, hint)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from inc_graph.errors import CaptureError, ConfigError, IncWarning, SavedModelError
+from inc_graph.graph import fake_call
 from inc_graph.quantization import QuantizedModel, StaticQuantConfig, load, prepare, quantize, save
 from inc_graph.recipe import get_recipe
 from inc_graph.text import to_text
@@ -342,6 +343,21 @@ def test_classes_of_outputs(tmp_path: Path) -> None:
     assert y[0] is y["logits"] and y.hidden[0].shape == (2, 4)
     with pytest.raises(AttributeError, match="this output has the fields logits, hidden, not 'loss'"):
         _ = y.loss
+
+
+def test_shapes_can_be_computed_again(tmp_path: Path) -> None:
+    """Passes work on a loaded graph as on another one, also where an operator asks about a symbolic size."""
+    d = torch.export.Dim.DYNAMIC
+    x = torch.randn(2, 3, 17, 19)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    q = quantize(model, StaticQuantConfig(), lambda p: p(x), example_inputs=x, dynamic_shapes=({0: d, 2: d, 3: d},))
+    q.save(tmp_path)
+    loaded = load(tmp_path)
+    graph = loaded.graph
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
+        assert str(fake_call(graph, node.target, node.args, node.kwargs).shape) == str(node.meta["val"].shape)
+    y = torch.randn(4, 3, 33, 40)
+    assert torch.equal(loaded(y), q(y))
 
 
 def test_another_device(tmp_path: Path) -> None:
