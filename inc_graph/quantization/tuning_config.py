@@ -193,8 +193,8 @@ class TuningConfig:
         journal: A file that each trial is written to at once. If it is there, what it holds is not tried again, so that
             an interrupted search goes on. Default: `autotune.jsonl` in the folder given to
             `inc_graph.common.set_resume_from` or `set_workspace`; without any of them nothing is written.
-        strategy: "configs": one config after the other. "sensitivity": the damage of each layer is measured once, and the
-            search is for the layers that have to stay float, or need more bits.
+        strategy: "configs": one config after the other. "sensitivity": the damage of each layer is measured once, and
+            the search is for the layers that have to stay float, or need more bits.
         sensitivity_calls: That damage is measured on the inputs of the first so many calls that `run_fn` makes.
 
     Raises:
