@@ -160,3 +160,19 @@ def test_a_config_that_comes_too_late_is_not_ignored_in_silence(
     with pytest.warns(IncWarning, match="quant_config is not used: the model was prepared with a config") as caught:
         q = convert(prepared, StaticQuantConfig())
     assert caught[0].filename == __file__ and [line.module for line in q.report.quantized] == ["fc1"]
+
+
+def test_the_module_of_the_entry_functions() -> None:
+    """A script may name the module, which has the name of one of its functions."""
+    import sys
+
+    import inc_graph.quantization as package
+    from inc_graph.quantization.quantize import autotune, convert, finalize_calibration, prepare, prepare_qat, quantize
+
+    assert "inc_graph.quantization.quantize" in sys.modules and callable(package.quantize)
+    for function in (autotune, convert, finalize_calibration, prepare, prepare_qat, quantize):
+        assert getattr(package, function.__name__) is function
+    with pytest.raises(
+        NotImplementedError, match="prepare_qat: .* quantization-aware training"
+    ):
+        prepare_qat(nn.Linear(2, 2), mapping={nn.Linear: "MXFP8"}, inplace=False)

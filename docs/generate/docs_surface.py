@@ -23,7 +23,6 @@ TESTS = ROOT / "tests"
 ABSENT = {
     "get_model_info_for_ipex": "the graph says what is in a model: `q_model.report`",
     "get_model_info_for_ipex_xpu": "the graph says what is in a model: `q_model.report`",
-    "prepare_qat": "training is not in this version",
 }
 """Name -> why it is not here, and what to use instead."""
 

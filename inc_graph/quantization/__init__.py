@@ -1,6 +1,5 @@
 """Quantize a model: `prepare`, run calibration data, `convert`."""
 
-from inc_graph.quantization.api import convert, finalize_calibration, prepare, quantize
 from inc_graph.quantization.config import (
     AutoRoundConfig,
     AWQConfig,
@@ -38,7 +37,7 @@ from inc_graph.quantization.config import (
 )
 from inc_graph.quantization.loading import load, save
 from inc_graph.quantization.model import QuantizedModel
-from inc_graph.quantization.tuning import autotune
+from inc_graph.quantization.quantize import autotune, convert, finalize_calibration, prepare, prepare_qat, quantize
 from inc_graph.quantization.tuning_config import TuningConfig
 
 __all__ = [
@@ -82,6 +81,7 @@ __all__ = [
     "get_woq_tuning_config",
     "load",
     "prepare",
+    "prepare_qat",
     "quantize",
     "save",
 ]
