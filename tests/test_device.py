@@ -188,3 +188,9 @@ def test_a_model_on_cuda(exported: bool) -> None:
     want, got = model(x), q(x)
     assert got.is_cuda and q.report.backend == "eager" and len(q.report.reference) == 2
     assert 10 * torch.log10((want**2).sum() / ((want - got) ** 2).sum()) > 30
+
+
+@pytest.mark.parametrize("device", [[], object(), 1.5])
+def test_what_is_no_device(device: object) -> None:
+    with pytest.raises(ConfigError, match="is not a device"):
+        detect_device(device)  # type: ignore[arg-type]

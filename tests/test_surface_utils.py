@@ -364,3 +364,8 @@ def test_empty_models(cls: str | None, tmp_path: Path) -> None:
 def test_nothing_of_this_is_needed_to_read_a_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"bits": 3}))
     assert RTNConfig.from_json_file(tmp_path / "config.json").bits == 3
+
+
+def test_statistics_of_no_phase() -> None:
+    with pytest.raises(ConfigError, match=r"mode must be one of 'prepare'.*not 'foo'"):
+        dump_model_op_stats("foo", {})

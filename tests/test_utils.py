@@ -169,3 +169,22 @@ def test_memory() -> None:
     held = torch.ones(64 * 1024 * 1024 // 4)
     assert 50 < utils.get_used_cpu_mem_MB() - before < 100
     del held
+
+
+def test_inputs_of_other_mappings_keep_their_kind() -> None:
+    from collections import OrderedDict, UserDict, defaultdict
+
+    x = torch.ones(2)
+    for value in (defaultdict(list, a=[x]), OrderedDict(a=[x]), UserDict(a=[x])):
+        moved = utils.to_dtype(value, torch.float64)
+        assert type(moved) is type(value) and moved["a"][0].dtype == torch.float64 and value["a"][0].dtype == x.dtype
+    assert utils.to_dtype(defaultdict(list, a=[x]))["missing"] == []
+
+
+def test_classes_by_name_and_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    for kinds in ([nn.Linear], nn.Linear, "Linear", ["Linear"]):
+        assert utils.get_model_info(model, kinds) == [("0", "Linear")]
+    with pytest.raises(IncError, match="names no part of the model"):
+        utils.set_module(model, "", nn.ReLU())
+    assert len(model) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def example_call(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(positional, keyword) inputs that call the model. CaptureError if it does not take them."""
     args: tuple[Any, ...] = ()
-    if isinstance(example_inputs, dict):
+    if isinstance(example_inputs, Mapping):  # also what a tokenizer of transformers gives
         args, kwargs = (), {**example_inputs, **(kwargs or {})}
     elif isinstance(example_inputs, torch.Tensor):
         args, kwargs = (example_inputs,), dict(kwargs or {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import types
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from inc_graph.errors import IncWarning, SavedModelError
-from inc_graph.graph import storage_key
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.model import QuantizedModel, all_or_nothing
 from inc_graph.quantization.saved import destination, save_layers
@@ -63,6 +61,8 @@ def keep_report(model: nn.Module, report: Report) -> None:
     """Give a model with quantized layers its report and `save`; a `save` that it has is kept as `orig_save`."""
     all_or_nothing(model)
     model.__dict__["report" if not hasattr(model, "report") else "quantization_report"] = report
+    if "save" in model._modules or "save" in model._parameters or "save" in model._buffers:
+        return  # a part of the model has the name: `inc_graph.quantization.save(model)` saves it
     own = getattr(model, "save", None)
     if own is not None and getattr(own, "__func__", None) is not save:
         model.__dict__["orig_save"] = own
@@ -118,7 +118,7 @@ def _facts(leaf: Leaf) -> dict[str, Any]:
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """(path, owner, name, tensor) of each parameter and buffer that is not in a quantized layer; shared ones at each
     path."""
-    inside = tuple(f"{path}." for paths in leaves(model).values() for path in paths)
+    inside = tuple(f"{path}." if path else "" for paths in leaves(model).values() for path in paths)
     for path, module in model.named_modules(remove_duplicate=False):
         if f"{path}.".startswith(inside) or isinstance(module, Leaf):
             continue
@@ -135,7 +135,4 @@ def _state(model: nn.Module) -> list[tuple[list[str], torch.Tensor, dict[str, An
             facts = {"parameter": name in owner._parameters, "grad": tensor.requires_grad}
             found[id(tensor)] = ([], tensor, facts)
         found[id(tensor)][0].append(path)
-    shared = Counter(storage_key(t) for _, t, _ in found.values())
-    for _, tensor, facts in found.values():
-        facts["alias"] = shared[storage_key(tensor)] > 1
     return list(found.values())

@@ -13,6 +13,7 @@ from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning, Sa
 from inc_graph.export import refuse_quantized, unwrap
 from inc_graph.quantization.finish import assemble
 from inc_graph.quantization.layers import call_every_layer, keep_report, put, report_of, tensors_of
+from inc_graph.quantization.layers import save as save_model
 from inc_graph.quantization.leaf import Form, Leaf, is_layer
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.saved import check_format
@@ -21,6 +22,7 @@ from inc_graph.recipe import Recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import Report, attribute_bytes
 from inc_graph.saving import SavedModel, read_graph, read_model
+from inc_graph.saving.folder import reading
 from inc_graph.saving.values import decode
 from inc_graph.utils.device import choose_backend
 from inc_graph.utils.progress import progress
@@ -47,7 +49,10 @@ def save(model: nn.Module, checkpoint_dir: Any = "saved_results", format: Any = 
         inside = [path for path, m in model.named_modules() if isinstance(m, QuantizedModel)]
         hint = f"save its part {inside[0]!r} instead" if inside else "prepare, calibrate and convert it first"
         raise SavedModelError("only a converted model can be saved", hint=hint)
-    model.save(checkpoint_dir, format, **options)  # type: ignore[operator]
+    if isinstance(model, QuantizedModel):
+        model.save(checkpoint_dir, format, **options)
+    else:
+        save_model(model, checkpoint_dir, format, **options)
 
 
 def load(
@@ -85,6 +90,14 @@ def load(
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ConfigError(f"load needs the folder of a saved model, not {path!r}")
     place = _device(device)
+    try:
+        with reading(path):
+            return _load(path, original_model, place, backend)
+    except OSError as e:
+        raise SavedModelError(f"{path} cannot be read: {e.strerror or e}") from e
+
+
+def _load(path: Any, original_model: Any, place: torch.device, backend: str | None) -> nn.Module:
     saved = read_model(path, place)
     try:
         report = Report.from_json(saved.facts.get("report"))
@@ -168,9 +181,13 @@ def _load_layers(
     parts.bytes_before = report.bytes_before
     moved = device if str(saved.facts.get("device")) != str(device) else None
     with progress("load", len(body["layers"])) as step:
+        taken: set[str] = set()
         for data in body["layers"]:
             paths = _paths(data)
             step(paths[0])
+            if not taken.isdisjoint(paths) or len(set(paths)) != len(paths):
+                raise SavedModelError(f"layer {paths[0][:80]!r} is there twice")
+            taken.update(paths)
             old = _layer(model, paths)
             gm = read_graph(_table(data, "graph", "facts")["graph"], saved.tensors, moved)
             gm.meta["inc"]["recipe"] = recipe
@@ -239,6 +256,8 @@ def _layer(model: nn.Module, paths: list[str]) -> nn.Module:
         if not is_layer(found[-1]):
             kind = type(found[-1]).__name__
             raise SavedModelError(f"{path!r} of original_model is a {kind}, not a layer that is quantized")
+        if found[-1] is not found[0]:
+            raise SavedModelError(f"{paths[0]!r} and {path!r} of original_model are two layers, saved was one")
     return found[0]
 
 
@@ -252,10 +271,11 @@ def _leaf(inner: QuantizedModel, facts: Any, path: str, old: nn.Module) -> Leaf:
     good = kind in ("rows", "index", "space") and isinstance(rank, int) and isinstance(size, int)
     if not good or not isinstance(dtype, torch.dtype) or not all(isinstance(k, str) for k in attributes):
         raise SavedModelError("its facts cannot be read", module=path)
-    for name in ("in_features", "out_features", "in_channels", "out_channels", "num_embeddings", "embedding_dim"):
-        if name in attributes and getattr(old, name, attributes[name]) != attributes[name]:
-            what = f"{name} of original_model is {getattr(old, name)}, saved was {attributes[name]}"
-            raise SavedModelError(what, module=path)
+    for name, value in attributes.items():
+        old_value = getattr(old, name, value)
+        simple = isinstance(value, bool | int | str | tuple) and type(old_value) is type(value)
+        if simple and name != "training" and old_value != value:
+            raise SavedModelError(f"{name} of original_model is {old_value}, saved was {value}", module=path)
     return Leaf.loaded(inner, Form(kind, rank, size, dtype), path, old, attributes)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from inc_graph.errors import ConfigError, SavedModelError
 from inc_graph.recipe import get_recipe
@@ -46,7 +47,8 @@ def destination(checkpoint_dir: Any, format: Any, options: dict[str, Any]) -> tu
     options = dict(options)
     options.pop("example_inputs", None)
     limit = options.pop("max_shard_size", DEFAULT_SHARD)
-    if not isinstance(checkpoint_dir, str | os.PathLike):
+    leaves = [] if isinstance(checkpoint_dir, str | os.PathLike) else pytree.tree_leaves(checkpoint_dir)
+    if any(isinstance(x, torch.Tensor) for x in leaves):  # example inputs
         checkpoint_dir, format = (format if format != "default" else "saved_results"), "default"
     checkpoint_dir = options.pop("output_dir", checkpoint_dir)
     if options:
@@ -111,6 +113,7 @@ def save_layers(
 
     def body(tensors: Any) -> dict[str, Any]:
         parts = []
+        tensors.expect(t for _, t, _ in state)
         for paths, layer, facts in layers:
             gm, packed = layer.parts()
             try:
@@ -119,7 +122,7 @@ def save_layers(
                 raise SavedModelError(e.message, node=e.node, module=paths[0], hint=e.hint) from e
             del data["meta"]["recipe"]  # one for all
             parts.append({"paths": paths, "graph": data, "facts": encode(facts)})
-        rest = [{"paths": p, **tensors.add(p[0], t, keep_aliases=f["alias"]), **f} for p, t, f in state]
+        rest = [{"paths": p, **tensors.add(p[0], t), **f} for p, t, f in state]
         return {"class": model_class, "layers": parts, "state": rest}
 
     device = device_of(first) if first is not None else str(state[0][1].device) if state else "cpu"

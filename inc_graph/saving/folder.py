@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ __all__ = [
     "is_saved_model",
     "read_json",
     "read_manifest",
+    "reading",
     "write_folder",
 ]
 
@@ -39,7 +41,7 @@ FORMAT = "inc_graph"
 VERSION = 1
 MANIFEST = "inc_graph.json"
 _OURS = re.compile(r"(graph-[0-9a-f]{16}\.json|model-[0-9a-f]{16}(-\d{5}-of-\d{5})?\.safetensors)")
-_TEMPORARY = ".saving-"
+_TEMPORARY = ".saving-inc-"
 _MANIFEST_LIMIT = 1 << 26  # bytes
 
 
@@ -64,7 +66,8 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], tuple[dict
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder), contextlib.ExitStack() as stack:
             for left in folder.glob(f"{_TEMPORARY}*"):  # of a writer that was killed: nobody else holds the lock
-                shutil.rmtree(left, ignore_errors=True)
+                if re.fullmatch(re.escape(_TEMPORARY) + r"\w{8}", left.name):
+                    shutil.rmtree(left, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)
             content, files = fill(temporary)
@@ -81,27 +84,35 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], tuple[dict
             _sync(folder)
             for old in folder.iterdir():
                 if _OURS.fullmatch(old.name) and old.name not in content["files"]:
-                    old.unlink()
-    except OSError as e:
+                    with contextlib.suppress(OSError):  # the new model is there; the next writer tries again
+                        old.unlink()
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
         hint = "what was saved there before is as it was"
-        raise SavedModelError(f"cannot save to {folder}: {e.strerror or e}", hint=hint) from e
+        raise SavedModelError(f"cannot save to {folder}: {getattr(e, 'strerror', None) or e}", hint=hint) from e
     return folder
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time, where the system has such a lock."""
+def _locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """One writer at a time, and no reader beside it, where the system has such a lock."""
     try:
         import fcntl
-    except ImportError:
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError, ValueError):  # another system; a folder that is not there, or not ours
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems have none
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+def reading(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+    """In the block no writer replaces the model in this folder: files are opened when their tensors are read."""
+    return _locked(Path(path), shared=True)
 
 
 def _sync(path: Path) -> None:
@@ -141,9 +152,9 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise SavedModelError(f"{file}: field 'version' is {str(version)[:40]!r}")
     if version > VERSION:
-        producer = data.get("content", {})
-        by = producer.get("producer", {}).get("inc_graph", "?") if isinstance(producer, dict) else "?"
-        hint = f"it was written by inc_graph {str(by)[:20]}: install that version or a newer one"
+        producer = data["content"].get("producer") if isinstance(data.get("content"), dict) else None
+        by = str(producer.get("inc_graph", "?"))[:20] if isinstance(producer, dict) else "?"
+        hint = f"it was written by inc_graph {by}: install that version or a newer one"
         raise SavedModelError(f"{file} has format version {version}, this version reads up to {VERSION}", hint=hint)
     content = data.get("content")
     if not isinstance(content, dict) or set(data) != {"format", "version", "sha256", "content"}:
@@ -174,7 +185,8 @@ def check_files(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
 def read_json(file: Path) -> Any:
     """What a JSON file holds. SavedModelError if it cannot be read as such."""
     try:
-        return json.loads(file.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        text = file.read_bytes().decode("utf-8")
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once)
     except OSError as e:
         raise SavedModelError(f"{file} cannot be read: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
@@ -183,6 +195,18 @@ def read_json(file: Path) -> Any:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def _foreign(path: Path) -> str:

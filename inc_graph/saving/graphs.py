@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import keyword
-import math
-import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +16,13 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
 
 from inc_graph.errors import IncError, SavedModelError
-from inc_graph.graph import get_attr, mutated_attrs, peek_meta, set_level, val
+from inc_graph.graph import get_attr, peek_meta, set_level, val
 from inc_graph.inputs import watch_inputs
+from inc_graph.saving.meta import check_meta, finite, infinite
+from inc_graph.saving.operators import check_arguments, name_of_call, read_call
 from inc_graph.saving.tensors import TensorReader, TensorWriter
 from inc_graph.saving.trees import read_tree, write_tree
 from inc_graph.saving.values import decode, dtype_of, encode
@@ -29,19 +30,8 @@ from inc_graph.verify import verify
 
 __all__ = ["read_graph", "write_graph"]
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{f"operator.{n}": getattr(operator, n) for n in (
-        "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "le", "lt", "mod", "mul", "ne", "neg", "not_", "or_",
-        "pos", "pow", "sub", "truediv",
-    )},
-    **{f"math.{n}": getattr(math, n) for n in ("ceil", "floor", "trunc")},
-    **{f"torch.{n}": getattr(torch, n) for n in ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not")},
-    "builtins.round": round,
-}  # fmt: skip
-_NAMES = {v: k for k, v in _FUNCTIONS.items()}
-_CONTROL = ("cond", "while_loop", "scan", "map_impl", "associative_scan")  # torch.ops.higher_order
-_OPERATOR = re.compile(r"[a-zA-Z]\w*\.\w+\.[a-zA-Z]\w*")
-_REFUSED = ("aten.from_file",)  # reads any file
+_DEEPEST = 16  # graphs in graphs
+_TAKEN = ("self", "torch", "pytree", "fx_pytree", "device", "inf", "nan", "NoneType")  # what FX's code needs
 
 
 # -------------------------------------------------------------------------------------------------------------- write
@@ -77,7 +67,7 @@ def write_graph(
         "stacks": [json.loads(s) for s in stacks],
         "symbols": _symbols().write_symbols(val(n) for n in gm.graph.nodes),
         "attributes": _attributes(gm, tensors, packed or {}),
-        "meta": json.loads(json.dumps(gm.meta.get("inc", {}))),
+        "meta": finite(json.loads(json.dumps(gm.meta.get("inc", {})))),
     }
     info = getattr(gm.graph._codegen, "pytree_info", None)
     if info is not None:
@@ -86,7 +76,8 @@ def write_graph(
 
 
 def _node(node: fx.Node, stacks: dict[str, int]) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": node.name, "op": node.op, "target": _target(node), "args": encode(list(node.args))}
+    target = name_of_call(node) if node.op == "call_function" else str(node.target)
+    data: dict[str, Any] = {"name": node.name, "op": node.op, "target": target, "args": encode(list(node.args))}
     if node.kwargs:
         data["kwargs"] = encode(dict(node.kwargs))["dict"]
     if node.op != "output":
@@ -100,29 +91,6 @@ def _node(node: fx.Node, stacks: dict[str, int]) -> dict[str, Any]:
 
 def _class_name(kind: Any) -> str:
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _target(node: fx.Node) -> str:
-    if node.op != "call_function":
-        return str(node.target)
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = str(target)
-        if _fault(name, target) is None:
-            return name
-    elif isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _CONTROL:
-        return f"control.{target.name()}"
-    elif target in _NAMES:
-        return _NAMES[target]
-    raise SavedModelError(f"a call of {target} cannot be saved")
-
-
-def _fault(name: str, target: torch._ops.OpOverload) -> str | None:
-    if name.rpartition(".")[0] in _REFUSED:
-        return "is not one that a model needs"
-    if target._schema.is_mutable and target is not torch.ops.aten.copy_.default:
-        return "writes to its arguments"
-    return None
 
 
 def _value(value: Any) -> Any:
@@ -148,18 +116,23 @@ def _text(value: Any) -> str:
 
 def _attributes(gm: fx.GraphModule, tensors: TensorWriter, packed: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    mutated = mutated_attrs(gm)
-    for node in gm.graph.find_nodes(op="get_attr"):
+    reads = gm.graph.find_nodes(op="get_attr")
+    tensors.expect(v for n in reads if isinstance(v := get_attr(gm, str(n.target)), torch.Tensor))
+    for node in reads:
         path = str(node.target)
         if path in found:
             continue
         value = get_attr(gm, path)
+        if not _is_path(path):
+            hint = "name it with letters, digits, '_', '-', ' ', ':', '@', '+' and '/'"
+            raise SavedModelError(f"attribute {path!r} has a name that cannot be saved", node=node, hint=hint)
         if isinstance(value, fx.GraphModule):
             found[path] = {"graph": write_graph(value, tensors)}
         elif isinstance(value, torch.Tensor):
-            tied = path in mutated
-            record = tensors.add(path, value, node, lazy=packed.get(path), keep_aliases=tied)
-            found[path] = {**record, "parameter": isinstance(value, nn.Parameter)}
+            record = tensors.add(path, value, node, lazy=packed.get(path))
+            owner, _, leaf = path.rpartition(".")
+            kept = leaf not in gm.get_submodule(owner)._non_persistent_buffers_set
+            found[path] = {**record, "parameter": isinstance(value, nn.Parameter), "persistent": kept}
         else:
             raise SavedModelError(f"attribute {path} is {type(value).__name__}, not a tensor", node=node)
     return found
@@ -241,13 +214,15 @@ def _stack(data: Any) -> dict[str, tuple[str, str]]:
 
 
 def _read(
-    data: Any, tensors: TensorReader, device: torch.device | None, outer: _Reader | None = None
+    data: Any, tensors: TensorReader, device: torch.device | None, outer: _Reader | None = None, depth: int = 0
 ) -> fx.GraphModule:
+    if depth > _DEEPEST:
+        raise SavedModelError(f"more than {_DEEPEST} graphs are in one another")
     reader = _Reader(data, device, outer)
     root = nn.Module()
     attributes = _field(data, "attributes", dict)
     for path, record in attributes.items():
-        _attach(root, path, record, tensors, reader)
+        _attach(root, path, record, tensors, reader, depth)
     graph = fx.Graph()
     for number, node in enumerate(_field(data, "nodes", list)):
         try:
@@ -261,16 +236,27 @@ def _read(
     if "call" in data:
         _read_call(graph, data["call"])
     gm = fx.GraphModule(root, graph)
-    meta = _field(data, "meta", dict)
+    buffers = dict(gm.named_buffers(remove_duplicate=False))
+    for path, record in attributes.items():  # this it does not take over from the root
+        if record.get("persistent") is False and path in buffers:
+            owner, _, leaf = path.rpartition(".")
+            gm.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
+    meta = infinite(_field(data, "meta", dict))
     if meta:
+        check_meta(meta, graph)
         gm.meta["inc"] = meta
         set_level(gm, meta.get("level", "qdq"))
     gm.eval()
     return gm
 
 
-def _attach(root: nn.Module, path: str, record: Any, tensors: TensorReader, reader: _Reader) -> None:
-    if not all(re.fullmatch(r"\w+", part) and not part.startswith("__") for part in path.split(".")):
+def _is_path(path: str) -> bool:
+    """Whether FX can write code that reads this attribute: it puts each part between quotes."""
+    return all(re.fullmatch(r"[\w\- :@+/]+", part) for part in path.split("."))
+
+
+def _attach(root: nn.Module, path: str, record: Any, tensors: TensorReader, reader: _Reader, depth: int) -> None:
+    if not _is_path(path):
         raise SavedModelError(f"not the name of an attribute: {path[:60]!r}")
     prefix, _, leaf = path.rpartition(".")
     owner = root
@@ -283,7 +269,7 @@ def _attach(root: nn.Module, path: str, record: Any, tensors: TensorReader, read
     if hasattr(owner, leaf):
         raise SavedModelError(f"not the name of an attribute: {path[:60]!r}")
     if isinstance(record, dict) and set(record) == {"graph"}:
-        body = _read(record["graph"], tensors, reader.device, reader)
+        body = _read(record["graph"], tensors, reader.device, reader, depth + 1)
         body.recompile()
         owner._modules[leaf] = body
         return
@@ -305,13 +291,14 @@ def _read_node(graph: fx.Graph, data: Any, reader: _Reader) -> None:
         raise SavedModelError("field 'target' is no text")
     call: Any = target
     if op == "call_function":
-        call = _function(target)
+        call = read_call(target)
     elif op == "placeholder":
-        if not target.isidentifier() or keyword.iskeyword(target):
+        if not _is_input(target):
             raise SavedModelError("field 'target' is not the name of an input")
     elif op not in ("get_attr", "output"):
         raise SavedModelError(f"field 'op' is {op!r}"[:80])
     args = decode({"tuple": data.get("args", [])}, reader.node, reader.device)
+    check_arguments(call, args)
     kwargs = decode({"dict": data.get("kwargs", [])}, reader.node, reader.device)
     if not all(isinstance(k, str) and k.isidentifier() for k in kwargs):
         raise SavedModelError("field 'kwargs' has a name that cannot be one")
@@ -332,27 +319,6 @@ def _read_node(graph: fx.Graph, data: Any, reader: _Reader) -> None:
         node.meta["custom"] = {"inc": data["notes"]}
 
 
-def _function(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    kind, _, inner = name.partition(".")
-    if kind == "control" and inner in _CONTROL:
-        return getattr(torch.ops.higher_order, inner)
-    if _OPERATOR.fullmatch(name) is None:
-        raise SavedModelError(f"not the name of an operator: {name[:60]!r}")
-    space, op, overload = name.split(".")
-    try:
-        found = getattr(getattr(getattr(torch.ops, space), op), overload)
-    except (AttributeError, RuntimeError):
-        found = None
-    if not isinstance(found, torch._ops.OpOverload):
-        hint = f"import the package that registers the operators of {space!r}, or use the torch it was saved with"
-        raise SavedModelError(f"there is no operator {name} here", hint=hint)
-    if (fault := _fault(name, found)) is not None:
-        raise SavedModelError(f"operator {name} {fault}")
-    return found
-
-
 def _check_attributes(graph: fx.Graph, root: nn.Module, attributes: dict[str, Any]) -> None:
     """What the graph reads is there, and of the shape and dtype that the graph was made for."""
     for node in graph.find_nodes(op="get_attr"):
@@ -368,12 +334,24 @@ def _check_attributes(graph: fx.Graph, root: nn.Module, attributes: dict[str, An
             raise SavedModelError(f"{what}, the graph reads {want.dtype} {list(want.shape)}", node=node)
 
 
+def _is_input(name: Any) -> bool:
+    good = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+    return good and name not in _TAKEN
+
+
 def _read_call(graph: fx.Graph, data: Any) -> None:
     """How the graph is called: the names of its arguments and the nesting of inputs and outputs."""
     names = _field(data, "names", list)
-    if not all(isinstance(n, str) and n.isidentifier() and not keyword.iskeyword(n) for n in names):
+    if not all(_is_input(n) for n in names) or len(set(names)) != len(names):
         raise SavedModelError("field 'names' of the graph has one that cannot be one")
     inputs, output = read_tree(data.get("in")), read_tree(data.get("out"))
-    if inputs.num_leaves != sum(n.op == "placeholder" for n in graph.nodes):
+    call = pytree.tree_unflatten([None] * inputs.num_leaves, inputs)
+    if not (isinstance(call, tuple) and len(call) == 2 and isinstance(call[0], tuple) and isinstance(call[1], dict)):
+        raise SavedModelError("the structure of the inputs is not that of a call")
+    count = sum(n.op == "placeholder" for n in graph.nodes)
+    if inputs.num_leaves != count or len(names) != len(call[0]) + len(call[1]):
         raise SavedModelError("the structure of the inputs does not agree with the graph")
+    results: Any = next(iter(reversed(graph.nodes))).args[0]
+    if not isinstance(results, list | tuple) or len(results) != output.num_leaves:
+        raise SavedModelError("the structure of the outputs does not agree with the graph")
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(names), inputs, output)))

@@ -264,12 +264,11 @@ def _state(state: dict[str, Tensor], tensors: TensorWriter) -> list[dict[str, An
     for path, tensor in state.items():
         place = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         groups.setdefault(place, []).append(path)
-    shared = Counter(storage_key(state[paths[0]]) for paths in groups.values())
+    tensors.expect(state[paths[0]] for paths in groups.values())
     entries = []
     for paths in groups.values():
         tensor = state[paths[0]]
-        alias = shared[storage_key(tensor)] > 1
         parameter = tensor.is_floating_point() and not paths[0].endswith(_BUFFERS)
-        record = tensors.add(paths[0], tensor, keep_aliases=alias)
-        entries.append({"paths": paths, **record, "parameter": parameter, "grad": parameter, "alias": alias})
+        record = tensors.add(paths[0], tensor)
+        entries.append({"paths": paths, **record, "parameter": parameter, "grad": parameter})
     return entries

@@ -40,13 +40,24 @@ _NAMES = (
 _CALLS: dict[str, Any] = {n: getattr(torch_sympy, n) for n in _NAMES if hasattr(torch_sympy, n)}
 _CALLS |= {n: getattr(sympy, n) for n in ("Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "floor", "ceiling")}
 _LONGEST = 2000  # characters: an expression of a size is short
+_MOST = 400  # names, numbers and operators in one
+_MOST_SYMBOLS = 10_000
+_LARGEST = 1 << 63
+_HIGHEST = 32  # power
+_HARD = 12  # operators that sympy takes long for: products and quotients of what is not a number
 
 
 def write_symbols(values: Any) -> dict[str, dict[str, Any]]:
-    """{symbol: {"low", "high", "hint", "positive"}} of all symbols in SymInts (and the like) and fake tensors."""
+    """{symbol: {"low", "high", "hint", "positive"}} of all symbols in SymInts (and the like) and fake tensors.
+
+    Raises:
+        SavedModelError: an expression is of a kind that `Symbols` does not read.
+    """
     found: dict[str, dict[str, Any]] = {}
+    texts: set[str] = set()
     for node in _nodes(values):
         env = node.shape_env
+        texts.add(str(node.expr))
         for symbol in node.expr.free_symbols:
             if str(symbol) in found:
                 continue
@@ -61,6 +72,9 @@ def write_symbols(values: Any) -> dict[str, dict[str, Any]]:
                 "positive": bool(symbol.is_positive),
                 "integer": bool(symbol.is_integer),
             }
+    known_symbols = Symbols(found)
+    for text in texts:  # a file that could not be read again is never written
+        known_symbols.expression(text)
     return found
 
 
@@ -79,6 +93,28 @@ def _end(bound: Any) -> int | None:
     return int(bound) if getattr(bound, "is_Integer", isinstance(bound, int)) else None
 
 
+def _check_size(tree: ast.AST) -> None:
+    """Refuse what would keep sympy busy for ever."""
+    nodes = list(ast.walk(tree))
+    hard = 0
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int) and abs(node.value) > _LARGEST:
+            raise SavedModelError("a number in an expression of sizes is too large")
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.FloorDiv | ast.Mod | ast.Div | ast.Pow):
+            hard += not any(isinstance(side, ast.Constant) for side in (node.left, node.right))
+    if len(nodes) > _MOST or hard > _HARD or _degree(tree) > _HIGHEST:
+        raise SavedModelError("an expression of sizes is too long")
+
+
+def _degree(tree: ast.AST) -> int:
+    """The product of the powers in one another: a tower of them would not end."""
+    inner = max((_degree(child) for child in ast.iter_child_nodes(tree)), default=1)
+    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Pow):
+        power = tree.right.value if isinstance(tree.right, ast.Constant) else None
+        return inner * max(power, 1) if isinstance(power, int) else _HIGHEST + 1
+    return inner
+
+
 class Symbols:
     """The symbols of a saved graph, in a shape environment of their own.
 
@@ -93,8 +129,8 @@ class Symbols:
 
     def add(self, table: Any) -> None:
         """More symbols; those that are there already stay."""
-        if not isinstance(table, dict):
-            raise SavedModelError("the symbols are not a table")
+        if not isinstance(table, dict) or len(table) > _MOST_SYMBOLS:
+            raise SavedModelError("the symbols are not a table, or too many")
         for name, facts in table.items():
             if name not in self._symbols:
                 self._add(name, facts)
@@ -124,7 +160,9 @@ class Symbols:
         if not isinstance(text, str) or len(text) > _LONGEST:
             raise SavedModelError("not an expression of sizes")
         try:
-            return self._read(ast.parse(text, mode="eval").body)
+            tree = ast.parse(text, mode="eval").body
+            _check_size(tree)
+            return self._read(tree)
         except SavedModelError:
             raise
         except Exception as e:  # syntax, depth, and whatever sympy says of arguments that make no sense
@@ -145,7 +183,7 @@ class Symbols:
             return _BINARY[type(tree.op)](self._read(tree.left), self._read(tree.right))
         if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Pow) and isinstance(tree.right, ast.Constant):
             power = tree.right.value
-            if isinstance(power, int) and 0 <= power <= 64:  # a tower of powers would not end
+            if isinstance(power, int) and power >= 0:
                 return self._read(tree.left) ** power
         if isinstance(tree, ast.Compare) and len(tree.ops) == 1 and type(tree.ops[0]) in _COMPARE:
             return _COMPARE[type(tree.ops[0])](self._read(tree.left), self._read(tree.comparators[0]))

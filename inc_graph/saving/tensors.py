@@ -1,7 +1,7 @@
 """Tensors in safetensors files: written shard by shard, mapped when they are read.
 
-A record in a graph says which entry of which file it is, its dtype and shape. Tensors that share memory are written
-once. Where a graph writes to memory that several names share, the memory itself is written, with a view for each name.
+A record in a graph says which entry it is, its dtype and shape. Equal tensors are written once. Where several different
+ones lie in the same memory, the part of it that they cover is written, with a view for each: they share it again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,20 @@ class TensorWriter:
     _known: dict[Any, dict[str, Any]] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
     _alive: list[Any] = field(default_factory=list)  # a freed tensor's address would stand for another one
+    _spans: dict[Any, dict[Any, tuple[int, int]]] = field(default_factory=dict)  # memory -> form -> first, last + 1
+
+    def expect(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Tell of tensors that will be added, so that those which share memory are known before the first is."""
+        for tensor in tensors:
+            if tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():
+                self._alive.append(tensor)
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                first = tensor.storage_offset()
+                spans = self._spans.setdefault((storage_key(tensor), tensor.dtype), {})
+                spans[first, _form(tensor)] = (first, first + last + 1)
 
     def add(
-        self,
-        path: str,
-        tensor: torch.Tensor,
-        node: Any = None,
-        lazy: Callable[[], torch.Tensor] | None = None,
-        keep_aliases: bool = False,
+        self, path: str, tensor: torch.Tensor, node: Any = None, lazy: Callable[[], torch.Tensor] | None = None
     ) -> dict[str, Any]:
         """The record of a tensor.
 
@@ -71,7 +77,6 @@ class TensorWriter:
             tensor: Any dense tensor with values.
             node: For messages; its value tells shape and dtype of a `lazy` one.
             lazy: Gives the tensor when it is written; `tensor` is a placeholder then.
-            keep_aliases: Write the memory below it, so that what shares it goes on sharing it.
         """
         if lazy is not None:
             value = node.meta["val"]
@@ -80,20 +85,28 @@ class TensorWriter:
         _check(path, tensor, node)
         tensor = tensor.detach()
         self._alive.append(tensor)
-        key = storage_key(tensor)
-        if keep_aliases or not _dense(tensor):
-            flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-            base = self._entry(path, (key, tensor.dtype), flat.shape, flat.dtype, flat.nbytes, lambda: flat)
-            view = [list(tensor.shape), list(tensor.stride()), tensor.storage_offset()]
-            return {**base, "view": view}
-        form = tensor.numel() if tensor.is_contiguous() else (tensor.shape, tensor.stride())
-        place = (key, tensor.dtype, tensor.storage_offset(), form)
-        record = self._entry(path, place, tensor.shape, tensor.dtype, tensor.nbytes, lambda: tensor)
-        if not tensor.is_contiguous():
-            return {**record, "stride": list(tensor.stride())}
-        if record["shape"] != list(tensor.shape):  # the same numbers in another shape
-            return {**record, "view": [list(tensor.shape), list(tensor.stride()), 0]}
-        return record
+        key = (storage_key(tensor), tensor.dtype)
+        spans = self._spans.get(key, {})
+        if len(spans) > 1 and tensor.numel():  # several, in one memory
+            low, high = min(a for a, _ in spans.values()), max(b for _, b in spans.values())
+            flat = tensor.as_strided((high - low,), (1,), low)
+            base = self._entry(path, (key, "all"), flat.shape, flat.dtype, flat.nbytes, lambda: flat)
+            return {**base, "view": [list(tensor.shape), list(tensor.stride()), tensor.storage_offset() - low]}
+        if _dense(tensor):
+            place = (key, tensor.storage_offset(), _form(tensor))
+            record = self._entry(path, place, tensor.shape, tensor.dtype, tensor.nbytes, lambda: tensor)
+            if not tensor.is_contiguous():
+                return {**record, "stride": list(tensor.stride())}
+            if record["shape"] != list(tensor.shape):  # the same numbers in another shape
+                return {**record, "view": [list(tensor.shape), list(tensor.stride()), 0]}
+            return record
+        # what is repeated is written once; what lies between the elements is none of its values, and left out
+        repeated = [d for d, (s, n) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)) if s == 0 and n > 1]
+        once = tensor[tuple(slice(0, 1) if d in repeated else slice(None) for d in range(tensor.ndim))]
+        place = (key, tensor.storage_offset(), _form(tensor))
+        record = self._entry(path, place, once.shape, once.dtype, once.nbytes, lambda: once)
+        stride = [0 if d in repeated else s for d, s in enumerate(once.contiguous().stride())]
+        return {**record, "view": [list(tensor.shape), stride, 0]}
 
     def _entry(self, path: str, key: Any, shape: Any, dtype: torch.dtype, nbytes: int, get: Any) -> dict[str, Any]:
         if key not in self._known:
@@ -120,7 +133,10 @@ class TensorWriter:
         files = []
         for number, shard in enumerate(shards, 1):
             part = folder / f"part-{number}"
-            save_file({e.name: _as_stored(e.get()) for e in shard}, str(part), metadata={"format": "pt"})
+            try:
+                save_file({e.name: _as_stored(e.get()) for e in shard}, str(part), metadata={"format": "pt"})
+            except SafetensorError as e:  # the disk is full, say
+                raise OSError(str(e)) from e
             name = f"model-{file_hash(part)[:16]}"
             name += f"-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else ".safetensors"
             files.append(part.rename(folder / name))
@@ -137,6 +153,11 @@ def _check(path: str, tensor: torch.Tensor, node: Any) -> None:
         reason = f"is a {type(tensor).__name__}: only plain tensors are saved"
     if reason is not None:
         raise SavedModelError(f"tensor {path} {reason}", node=node)
+
+
+def _form(tensor: torch.Tensor) -> Any:
+    """Equal for two tensors at one place that hold the same elements in the same order."""
+    return tensor.numel() if tensor.is_contiguous() else (tuple(tensor.shape), tensor.stride())
 
 
 def _dense(tensor: torch.Tensor) -> bool:
@@ -177,7 +198,7 @@ class TensorReader:
             try:
                 opened = safe_open(os.fspath(folder / file), framework="pt")
                 names = list(opened.keys())
-            except (SafetensorError, OSError, ValueError, MemoryError) as e:
+            except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as e:
                 raise SavedModelError(f"{folder / file} is not a safetensors file: {e}") from e
             for name in names:
                 if name in self._file:

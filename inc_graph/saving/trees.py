@@ -90,7 +90,10 @@ def _example(data: Any) -> Any:
             return tuple(_example(d) for d in inner)
         if kind in ("dict", "ordered") and isinstance(inner, list) and all(_is_pair(p) for p in inner):
             pairs = [(decode(k), _example(d)) for k, d in inner]
-            return dict(pairs) if kind == "dict" else collections.OrderedDict(pairs)
+            try:
+                return dict(pairs) if kind == "dict" else collections.OrderedDict(pairs)
+            except TypeError as e:  # a key that is a list
+                raise SavedModelError(f"the keys of a dictionary cannot be read: {e}") from e
         if kind in ("namedtuple", "class") and isinstance(inner, list) and len(inner) == 3:
             name, context, trees = inner
             if isinstance(name, str) and isinstance(trees, list):
@@ -100,7 +103,7 @@ def _example(data: Any) -> Any:
 
 
 def _is_pair(data: Any) -> bool:
-    return isinstance(data, list) and len(data) == 2 and not isinstance(data[0], list | dict)
+    return isinstance(data, list) and len(data) == 2
 
 
 def _named(name: str, fields: Any, children: list[Any]) -> Any:

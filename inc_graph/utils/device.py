@@ -43,6 +43,8 @@ def detect_device(device: nn.Module | torch.device | str | int | None = None) ->
             return str(torch.device(device))
         except RuntimeError:
             raise ConfigError(f"{device!r} is not a device", hint="for example 'cuda:0', 'cpu' or 'auto'") from None
+    if device is not None and not isinstance(device, nn.Module | str | int):
+        raise ConfigError(f"{device!r} is not a device", hint="for example 'cuda:0', 'cpu' or 'auto'")
     kind = _kind(device if isinstance(device, nn.Module) else None)
     if device is None or device == "auto" or isinstance(device, nn.Module) or kind == "cpu":
         return kind

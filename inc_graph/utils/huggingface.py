@@ -25,7 +25,8 @@ def load_empty_model(pretrained_model_name_or_path: str | os.PathLike[str], cls:
     Args:
         pretrained_model_name_or_path: A folder with a `config.json`, or the name of a model on the hub.
         cls: A class of transformers; `AutoModelForCausalLM` if it is None.
-        **kwargs: For the config and the model, as `from_pretrained` takes them.
+        **kwargs: For the config and the model, as `from_pretrained` takes them. What says how weights are loaded
+            (`device_map`, `low_cpu_mem_usage`) has nothing to do here.
 
     Raises:
         IncError: transformers is not installed.
@@ -34,10 +35,14 @@ def load_empty_model(pretrained_model_name_or_path: str | os.PathLike[str], cls:
     transformers = _library("transformers")
     cls = transformers.AutoModelForCausalLM if cls is None else cls
     path = os.fspath(pretrained_model_name_or_path)
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("device_map", "low_cpu_mem_usage", "max_memory")}
     trust = {k: v for k, v in kwargs.items() if k == "trust_remote_code"}  # the model needs it as well as the config
     auto = getattr(cls, "config_class", None) is None
     source = transformers.AutoConfig if auto else cls.config_class
     config, rest = source.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+    for name in ("dtype", "torch_dtype"):
+        if rest.get(name) == "auto":
+            rest[name] = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     with _empty_parameters():
         model = cls.from_config(config, **{**rest, **trust}) if auto else cls._from_config(config, **rest)
     model.tie_weights()

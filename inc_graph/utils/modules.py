@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ def set_module(model: nn.Module, op_name: str, new_module: Any) -> None:
         IncError: the module that would hold it is missing; names the nearest one.
     """
     parent, _, name = op_name.rpartition(".")
+    if not name:
+        raise IncError(f"cannot set {op_name!r}: it names no part of the model")
     holder = get_module(model, parent) if parent else model
     if holder is None:
         raise IncError(f"cannot set {op_name!r}: the model has no {parent!r}{_nearest(model, parent)}")
@@ -81,10 +84,23 @@ def _nearest(model: nn.Module, name: str) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def get_model_info(model: nn.Module, white_module_list: Iterable[type[nn.Module]]) -> list[tuple[str, str]]:
-    """(name, class name) of every module of these classes, in the order of the model; a shared module once."""
-    kinds = tuple(white_module_list)
-    return [(name, type(module).__name__) for name, module in model.named_modules() if isinstance(module, kinds)]
+def get_model_info(
+    model: nn.Module, white_module_list: Iterable[type[nn.Module] | str] | type[nn.Module] | str
+) -> list[tuple[str, str]]:
+    """(name, class name) of every module of these classes, in the order of the model; a shared module once.
+
+    Args:
+        model: Any.
+        white_module_list: Classes, or their names; one of them, or several.
+    """
+    given = [white_module_list] if isinstance(white_module_list, type | str) else list(white_module_list)
+    kinds = tuple(k for k in given if isinstance(k, type))
+    names = {k for k in given if isinstance(k, str)}
+    return [
+        (path, type(module).__name__)
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) or type(module).__name__ in names
+    ]
 
 
 def get_model_device(model: nn.Module) -> str | None:
@@ -123,7 +139,14 @@ def _map(value: Any, change: Any) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         items = {k: _map(v, change) for k, v in value.items()}
-        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
+        if type(value) is dict:
+            return items
+        if not isinstance(value, MutableMapping):
+            return type(value)(items)  # type: ignore[call-arg]
+        new = copy.copy(value)  # keeps what else it holds, such as a default
+        for key, item in items.items():
+            new[key] = item
+        return new
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(v, change) for v in value))
     if isinstance(value, list | tuple):

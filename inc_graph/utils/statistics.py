@@ -8,6 +8,7 @@ from typing import Any
 
 from inc_graph.common.logger import logger
 from inc_graph.common.mode import Mode
+from inc_graph.errors import ConfigError
 
 __all__ = ["Statistics", "dump_model_op_stats"]
 
@@ -51,7 +52,12 @@ def dump_model_op_stats(mode: Mode | str, tune_cfg: Mapping[tuple[str, Any], Any
         mode: The phase.
         tune_cfg: (path, class) -> config, from `to_config_mapping`.
     """
-    if Mode(mode) is Mode.PREPARE:
+    try:
+        mode = Mode(mode)
+    except ValueError:
+        known = ", ".join(repr(m.value) for m in Mode)
+        raise ConfigError(f"mode must be one of {known}, not {mode!r}") from None
+    if mode is Mode.PREPARE:
         return
     counts: dict[str, Counter[str]] = {}
     for (_, kind), config in tune_cfg.items():

@@ -323,3 +323,129 @@ def test_names_that_would_be_code(tmp_path: Path) -> None:
                 pass
             assert not mark.exists(), f"{container} {key}: {bad}"
     assert tried > 200
+
+
+# ------------------------------------------------------------------------------------------------- one attack at a time
+def graph_of(tmp_path: Path) -> tuple[Path, Path]:
+    """(folder of a small saved graph, its JSON file)."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    quantize(model, StaticQuantConfig(), lambda p: p(x), example_inputs=x, dynamic_shapes=dynamic).save(tmp_path / "m")
+    return tmp_path / "m", next((tmp_path / "m").glob("graph-*.json"))
+
+
+def refused(folder: Path, file: Path, change: Callable[[dict[str, Any]], Any], match: str) -> None:
+    text = file.read_text()
+    data = json.loads(text)
+    change(data)
+    file.write_text(json.dumps(data))
+    reseal(folder, json.loads((folder / MANIFEST).read_text())["content"])
+    with pytest.raises(SavedModelError, match=match):
+        load(folder)
+    file.write_text(text)
+
+
+FAKE = {"dtype": "float32", "shape": [2, 4], "stride": [4, 1], "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        ("aten.manual_seed.default", [1234]), ("aten._print.default", ["x"]), ("prim.rangelist.default", [1 << 28]),
+        ("aten.center.default", ["a", 500000000, " "]), ("aten.save.default", [1, "x"]), ("prim.Print.default", []),
+        ("profiler._record_function_enter.default", ["x"]), ("aten.from_file.default", ["/etc/passwd", False, 8]),
+        ("inductor._reinterpret_tensor.default", [{"node": "x"}, [2, 4], [1 << 28, 1], 1 << 30]),
+        ("c10d.barrier.default", []), ("aten.add_.Tensor", []), ("aten.set_grad_enabled.default", [False]),
+    ],
+)  # fmt: skip
+def test_operators_that_do_more_than_compute(target: str, args: Any, tmp_path: Path, capfd: Any) -> None:
+    folder, file = graph_of(tmp_path)
+    evil = {"name": "evil", "op": "call_function", "target": target, "args": args, "value": FAKE}
+    torch.manual_seed(7)
+    found = (
+        "(is not one that a model needs|is one of TorchScript|writes to its arguments|there is no operator|nothing to)"
+    )
+    refused(folder, file, lambda d: d["graph"]["nodes"].insert(1, evil), f"{found}(.|\n)*")
+    assert torch.initial_seed() == 7 and torch.is_grad_enabled() and capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["((((9**64)**64)**64)**64)**64", "((s0+s0)**8)**8", "*".join(f"(s0+{i})" for i in range(100)),
+     "(" * 150 + "s0*s0+7" + ")//(s0+3)" * 150, "9" * 400, "Max(" * 300 + "s0" + ",s0)" * 300],
+    ids=range(6),
+)  # fmt: skip
+def test_sizes_that_would_take_for_ever(text: str, tmp_path: Path) -> None:
+    folder, file = graph_of(tmp_path)
+
+    def change(data: dict[str, Any]) -> None:
+        (symbol,) = data["graph"]["symbols"]
+        data["graph"]["nodes"][0]["value"]["shape"][0] = text.replace("s0", symbol)
+
+    refused(folder, file, change, "size")
+
+
+def test_notes_and_calls_that_would_fail_later(tmp_path: Path) -> None:
+    folder, file = graph_of(tmp_path)
+    for inputs in ({}, [], None, {"leaves": None, "ranges": {}, "optional": []},
+                   {"leaves": [{"name": "x", "shape": 5}], "ranges": {}, "optional": []}):  # fmt: skip
+        refused(folder, file, lambda d, i=inputs: d["graph"]["meta"].update(inputs=i), "description of the inputs")
+    refused(folder, file, lambda d: d["graph"]["meta"].update(recipe={"rules": 3}), "Recipe")
+    for key, value, match in (
+        ("out", {"tuple": ["*", "*"]}, "structure of the outputs"), ("out", [], "structure of the outputs"),
+        ("in", "*", "that of a call"), ("names", [], "does not agree"), ("names", ["self"], "cannot be one"),
+        ("names", ["torch"], "cannot be one"), ("names", ["pytree"], "cannot be one"),
+    ):  # fmt: skip
+        refused(folder, file, lambda d, k=key, v=value: d["graph"]["call"].update({k: v}), match)
+    refused(folder, file, lambda d: d["graph"]["symbols"].update({f"u{i}": {} for i in range(20000)}), "too many")
+
+
+def test_what_json_allows_and_we_do_not(tmp_path: Path) -> None:
+    folder, file = graph_of(tmp_path)
+    manifest = (folder / MANIFEST).read_text()
+    for text, match in (
+        (
+            manifest.replace('"version": 1', '"version": 2').replace('"producer": {', '"producer": 1, "p": {'),
+            "version 2",
+        ),
+        (manifest.replace('"bytes_before": ', '"bytes_before": 1e999'), "is not JSON"),
+        (manifest.replace('"format"', '"format": "x", "format"', 1), "there twice"),
+        ("[" * 100000, "damaged"),
+    ):
+        (folder / MANIFEST).write_text(text)
+        with pytest.raises(SavedModelError, match=match):
+            load(folder)
+    (folder / MANIFEST).write_text(manifest)
+    text = file.read_text()
+    for bad in ("NaN", "1e999"):
+        file.write_text(text.replace('"symbols":{', f'"x":{bad},"symbols":{{', 1))
+        reseal(folder, json.loads((folder / MANIFEST).read_text())["content"])
+        with pytest.raises(SavedModelError, match="is not JSON"):
+            load(folder)
+
+
+def test_paths_of_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    q = quantize(Net().eval(), StaticQuantConfig(), lambda p: p(X))
+    q.save(tmp_path / "m")
+    file = next((tmp_path / "m").glob("graph-*.json"))
+    text = file.read_text()
+    for change, match in (
+        (lambda d: d["layers"][0].update(paths=["conv", "again"]), "two layers, saved was one"),
+        (lambda d: d["layers"][0].update(paths=["conv", "conv"]), "is there twice"),
+        (lambda d: d["layers"].append(d["layers"][0]), "is there twice"),
+        (lambda d: d["layers"][0].update(paths=[".."]), "has no layer"),
+        (lambda d: d["layers"][0].update(paths=["forward"]), "has no layer"),
+        (lambda d: d["layers"][0].update(paths=[""]), "not a layer that is quantized"),
+    ):
+        data = json.loads(text)
+        change(data)
+        file.write_text(json.dumps(data))
+        reseal(tmp_path / "m", json.loads((tmp_path / "m" / MANIFEST).read_text())["content"])
+        original = Net()
+        before = dict(original.named_modules())
+        with pytest.raises(SavedModelError, match=match):
+            load(tmp_path / "m", original)
+        assert dict(original.named_modules()) == before
