@@ -11,9 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inc_graph.errors import ConfigError, IncWarning
+from inc_graph.errors import CaptureError, ConfigError, IncWarning
 from inc_graph.export import export
-from inc_graph.quantization import INT8StaticQuantConfig, QuantizedModel, StaticQuantConfig, convert, prepare, quantize
+from inc_graph.quantization import (
+    AutoRoundConfig,
+    INT8StaticQuantConfig,
+    QuantizedModel,
+    StaticQuantConfig,
+    convert,
+    prepare,
+    quantize,
+)
 from tests.model_state import same, snapshot
 
 
@@ -172,7 +180,27 @@ def test_the_module_of_the_entry_functions() -> None:
     assert "inc_graph.quantization.quantize" in sys.modules and callable(package.quantize)
     for function in (autotune, convert, finalize_calibration, prepare, prepare_qat, quantize):
         assert getattr(package, function.__name__) is function
-    with pytest.raises(
-        NotImplementedError, match="prepare_qat: .* quantization-aware training"
-    ):
+    with pytest.raises(NotImplementedError, match=r"prepare_qat: .* quantization-aware training"):
         prepare_qat(nn.Linear(2, 2), mapping={nn.Linear: "MXFP8"}, inplace=False)
+
+
+def test_inputs_as_a_tokenizer_gives_them() -> None:
+    from collections import UserDict
+
+    model, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    q = quantize(model, StaticQuantConfig(), lambda p: p(x), inplace=False, example_inputs=UserDict(input=x))
+    assert isinstance(q, QuantizedModel) and q(x).shape == (2, 4)
+
+
+def test_convert_without_prepare_takes_example_inputs() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    config = StaticQuantConfig(act_dtype="fp32", bias_correction=False)
+    assert isinstance(convert(model, config, inplace=False, example_inputs=x), QuantizedModel)
+    assert isinstance(convert(model, config, inplace=False), nn.Sequential)
+
+
+def test_the_name_of_a_model() -> None:
+    with pytest.raises(NotImplementedError, match="AutoRoundConfig: this version does not have the algorithm"):
+        prepare("facebook/opt-125m", AutoRoundConfig())  # type: ignore[arg-type]
+    with pytest.raises(CaptureError, match="'facebook/opt-125m' is the name of a model"):
+        prepare("facebook/opt-125m", StaticQuantConfig())  # type: ignore[arg-type]

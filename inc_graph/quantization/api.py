@@ -83,6 +83,9 @@ def prepare(
         ConfigError, CaptureError, PassError: nothing has been changed then.
     """
     quant_config = as_config(quant_config)
+    if isinstance(model, str):
+        quant_config.recipe("eager", None)  # a method that is not there says so first
+        raise CaptureError(f"{model!r} is the name of a model", hint="load it: prepare takes the model itself")
     if has_own_algorithm(quant_config):
         own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
         own = run_entries(own, plan, Mode.PREPARE)
@@ -208,6 +211,7 @@ def convert(
     *,
     backend: str | None = None,
     reference: bool = False,
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Turn a prepared, calibrated model into a quantized one.
 
@@ -219,6 +223,7 @@ def convert(
             always converted into a new model.
         backend: Lower to this backend instead of the one it was prepared for.
         reference: Run the Q-DQ meaning itself, on no backend (same as backend="eager").
+        example_inputs: As for `prepare`, with a `quant_config`. A prepared model needs none.
 
     Returns:
         A `QuantizedModel` (graph), or the model with quantized layers (layer by layer). `.report` says what happened.
@@ -260,7 +265,8 @@ def convert(
             f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
             hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
         )
-    return convert(prepare(model, quant_config, inplace, backend=backend or "auto"), inplace=inplace)
+    prepared = prepare(model, quant_config, inplace, example_inputs, backend=backend or "auto")
+    return convert(prepared, inplace=inplace)
 
 
 def _is_prepared(model: nn.Module) -> bool:
