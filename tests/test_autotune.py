@@ -5,24 +5,36 @@ from __future__ import annotations
 import copy
 import io
 import math
+import random
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from inc_graph.common import options
+from inc_graph.algorithms import algos_mapping
+from inc_graph.common import (
+    Options,
+    options,
+    set_random_seed,
+    set_resume_from,
+    set_tensorboard,
+    set_workspace,
+)
+from inc_graph.common.base_config import BaseConfig
 from inc_graph.common.base_tuning import ConfigSet, Evaluator, Sampler, TuningConfig
-from inc_graph.errors import ConfigError, IncError, IncWarning
+from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning
 from inc_graph.export import export
-from inc_graph.quantization import GPTQConfig, RTNConfig, StaticQuantConfig, autotune
-from inc_graph.quantization.journal import fingerprint
+from inc_graph.quantization import AutoRoundConfig, GPTQConfig, RTNConfig, StaticQuantConfig, autotune
+from inc_graph.quantization.journal import _key, fingerprint
 from inc_graph.quantization.tuning_table import Trial, TuningResult, watch
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
@@ -36,7 +48,9 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def strict() -> Iterator[None]:
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in vars(Options()).items():
+        monkeypatch.setattr(options, name, value)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", IncWarning)
         yield
@@ -82,6 +96,11 @@ def test_the_best_where_none_is(model: nn.Module) -> None:
         ({"relative": False, "tolerable_loss": 0.5}, [0.0, -0.6, -0.5], 2),
         ({"tolerable_loss": -0.1}, [1.0, 1.05, 1.1], 2),
         ({}, [1.0, math.nan, 1.0], 2),
+        ({}, [math.inf, 1e300, math.inf], 2),  # of infinity, nothing is lost
+        ({"tolerable_loss": 0.0}, [math.inf, math.inf], 1),
+        ({"higher_is_better": False}, [-math.inf, -1e300, -math.inf], 2),
+        ({"higher_is_better": False}, [math.inf, 7.0], 1),
+        ({"higher_is_better": False, "relative": False}, [-math.inf, -1e300, -math.inf], 2),
     ],
 )
 def test_tolerance(model: nn.Module, fields: Any, scores: list[float], tried: int) -> None:
@@ -118,6 +137,40 @@ def test_own_sampler(model: nn.Module) -> None:
     assert algos(q.tuning) == ACT[::-1]
     with pytest.raises(ConfigError, match="the sampler gave 7; there are 3 configs"):
         tune(model, [1.0], sampler=lambda configs: [7])
+
+
+@pytest.mark.parametrize("indices", [np.array([2, 0]), [np.int64(2), np.uint8(0)], torch.tensor([2, 0])])
+def test_indices_of_numpy_and_torch(model: nn.Module, indices: Any) -> None:
+    with pytest.warns(IncWarning, match="no config met"):
+        q = tune(model, [1.0, 0.1, 0.2], sampler=lambda configs: indices)
+    assert algos(q.tuning) == [ACT[2], ACT[0]]
+
+
+class Forgetful(Sampler):
+    def __iter__(self) -> Iterator[int]:
+        [*range(3)]  # and no `return`
+        return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (lambda configs: [], "the sampler gave no index, so none of 3 configs is tried"),
+        (lambda configs: None, "the sampler must give indices of configs, not None"),
+        (Forgetful, "the sampler must give indices of configs, not .*NoneType"),
+        (lambda configs: 1, "the sampler must give indices of configs, not 1"),
+        (lambda configs: [True], "the sampler gave True"),
+        (lambda configs: [np.bool_(True)], "the sampler gave .*True"),
+        (lambda configs: torch.tensor([True]), "the sampler gave .*True"),
+        (lambda configs: [1.0], r"the sampler gave 1\.0"),
+        (lambda configs: [np.int64(3)], "the sampler gave .*3"),
+        (lambda configs: [-1], "the sampler gave -1"),
+        (lambda configs: [StaticQuantConfig()], "the sampler gave INT8StaticQuantConfig"),
+    ],
+)
+def test_what_samplers_may_not_give(model: nn.Module, sampler: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tune(model, [1.0], sampler=sampler)
 
 
 def test_configs_are_expanded_and_tried_once(model: nn.Module) -> None:
@@ -231,6 +284,60 @@ def test_bad_fields(fields: Any, message: str) -> None:
         TuningConfig(**fields)
 
 
+class Tuned(nn.Module):
+    """Has a part of the name that the result goes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tuning = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tuning(x)
+
+
+class Fixed(nn.Sequential):
+    @property
+    def tuning(self) -> str:
+        return "mine"
+
+
+@pytest.mark.parametrize("make", [Tuned, lambda: Fixed(nn.Linear(8, 4))])
+def test_a_model_with_a_tuning_of_its_own(make: Any) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    with pytest.warns(IncWarning, match="the model has a `tuning` of its own, .* in its attribute `tuning_result`"):
+        q = tune(model, [1.0, 1.0], example_inputs=None)
+    assert isinstance(q.tuning_result, TuningResult) and not isinstance(q.tuning, TuningResult)
+    assert torch.allclose(q(X), model(X), atol=0.1)
+    assert isinstance(tune(model, [1.0, 1.0]).tuning, TuningResult)  # a graph has the name free
+
+
+def test_what_can_be_tuned(model: nn.Module) -> None:
+    for other in ("facebook/opt-125m", model.forward, None, {"model": model}):
+        with pytest.raises(CaptureError, match=r"autotune works on a torch\.nn\.Module, not on"):
+            tune(other, [1.0])  # type: ignore[arg-type]
+    want = tune(model, [1.0, 1.0])(X)
+    program = torch.export.export(model, (X,))
+    for inputs in ((X,), None):
+        close = TuningConfig(StaticQuantConfig(), relative=False, tolerable_loss=0.1, higher_is_better=False)
+        q = autotune(program, close, lambda m: (m(X) - model(X)).abs().max(), run_fn=run, example_inputs=inputs)
+        assert torch.equal(q(X), want) and q.tuning.baseline < 1e-5
+
+
+@pytest.mark.parametrize("inputs", [(X,), None])
+def test_methods_of_ones_own_have_no_damage_by_layer(model: nn.Module, inputs: Any) -> None:
+    class OwnConfig(BaseConfig):
+        name = "own_of_this_test"
+        operators = (nn.Linear,)
+
+    algos_mapping["own_of_this_test"] = lambda model, mapping, *args, **kwargs: model
+    try:
+        with pytest.raises(ConfigError, match=r"cannot measure the layers of OwnConfig.*a method of one's own"):
+            tune(model, [1.0], config_set=OwnConfig(), strategy="sensitivity", example_inputs=inputs)
+    finally:
+        del algos_mapping["own_of_this_test"]
+
+
 def test_no_config(model: nn.Module) -> None:
     with pytest.raises(ConfigError, match="tune_config must be a TuningConfig"):
         autotune(model, StaticQuantConfig(), lambda m: 1.0)  # type: ignore[arg-type]
@@ -286,14 +393,78 @@ def test_an_interrupted_search_goes_on(model: nn.Module, tmp_path: Path) -> None
 
 
 def test_the_folder_of_the_process(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file for each search: only `set_resume_from` goes on with one, and only with one of the same search."""
     monkeypatch.chdir(tmp_path)
     tune(model, [1.0, 1.0])
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(options, "_workspace", "work")
-    tune(model, [1.0, 1.0])
-    assert Path("work/autotune.jsonl").exists()
-    monkeypatch.setattr(options, "resume_from", "work")
-    tune(model, [])
+    set_workspace("work")
+    with pytest.warns(IncWarning, match="no config met"):
+        tune(model, [1.0, 0.1, 0.2, 0.3], config_set=StaticQuantConfig(act_algo=ACT))
+    tune(model, [1.0, 1.0], config_set=StaticQuantConfig(act_algo=ACT))  # starts anew
+    other = copy.deepcopy(model)
+    other[0].weight[0, 0] += 1.0
+    tune(other, [5.0, 5.0])
+    tune(model, [123.0, 123.0], higher_is_better=False)
+    files = {p.name: p.read_text() for p in Path("work").iterdir()}
+    assert len(files) == 4 and all(name.startswith("autotune-") for name in files)
+    set_resume_from("work")
+    assert tune(model, []).tuning.baseline == 1.0 and tune(other, []).tuning.baseline == 5.0
+    assert {p.name: p.read_text() for p in Path("work").iterdir()} == files
+    with pytest.warns(IncWarning, match="'work' holds no journal of this search"):
+        tune(model, [1.0, 1.0], example_inputs=None)
+    assert len(list(Path("work").iterdir())) == 5
+    assert tune(model, [], example_inputs=None).tuning.best.accepted
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"higher_is_better": False}, "another search: higher_is_better was True, and is False"),
+        ({"eval_fn": {"eval_fn": lambda m: 1.0, "name": "b"}}, r"another search: metrics was \[\['a', 1.0\]\], and is"),
+        ({"eval_fn": {"eval_fn": lambda m: 1.0, "name": "a", "weight": 2}}, "another search: metrics was"),
+        ({"example_inputs": None}, "another search: scope was 'graph', and is 'modules'"),
+    ],
+)
+def test_a_journal_of_another_search_is_refused(
+    model: nn.Module, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    def go(**kwargs: Any) -> Any:
+        config = TuningConfig(
+            StaticQuantConfig(), journal=tmp_path / "j", higher_is_better=kwargs.pop("higher_is_better", True)
+        )
+        given = {"eval_fn": {"eval_fn": lambda m: 1.0, "name": "a"}, "example_inputs": (X,)} | kwargs
+        return autotune(model, config, run_fn=run, **given)
+
+    go()
+    text = (tmp_path / "j").read_text()
+    with pytest.raises(ConfigError, match=message):
+        go(**changed)
+    assert (tmp_path / "j").read_text() == text and go().tuning.best.accepted
+
+
+def test_what_a_config_is_known_by() -> None:
+    """Also what its dictionary leaves out, and the order of a composition."""
+    a, b = RTNConfig(), StaticQuantConfig()
+    different = [a, b, a + b, b + a, AutoRoundConfig(), AutoRoundConfig(processor="a"), AutoRoundConfig(processor="b"),
+                 RTNConfig().set_local("0", AutoRoundConfig(processor="a")),
+                 RTNConfig().set_local("0", AutoRoundConfig(processor="b"))]  # fmt: skip
+    keys = [_key(c) for c in different]
+    assert None not in keys and len(set(keys)) == len(keys) and keys == [_key(copy.deepcopy(c)) for c in different]
+    assert _key(AutoRoundConfig(processor=object())) is None  # what cannot be written down is tried again
+
+
+def test_places_where_no_journal_can_be(model: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=r"the journal .* is a folder") as e:
+        tune(model, [1.0], journal=tmp_path)
+    assert "autotune.jsonl" in str(e.value) and file.read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"the journal .* cannot be written"):
+        tune(model, [1.0, 1.0], journal=file / "j")
+    deep = tmp_path / "deep"
+    deep.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        tune(model, [1.0], journal=deep)
 
 
 def test_a_lambda_is_tried_again(model: nn.Module, tmp_path: Path) -> None:
@@ -308,8 +479,8 @@ def test_a_lambda_is_tried_again(model: nn.Module, tmp_path: Path) -> None:
     [
         ("hello", "not a journal"),
         ("hello\n", "line 1 is not JSON"),
-        ("[1]\n", "not a journal of autotune in format 1"),
-        ('{"format": 1, "model": "x", "baseline": 1}\n', "journal of another model"),
+        ("[1]\n", "not a journal of autotune in format 2"),
+        ('{"format": 2, "model": "x", "baseline": 1}\n', "journal of another model"),
     ],
 )
 def test_other_files_are_refused_and_kept(model: nn.Module, tmp_path: Path, text: str, message: str) -> None:
@@ -323,8 +494,80 @@ def test_other_files_are_refused_and_kept(model: nn.Module, tmp_path: Path, text
 def test_fingerprints(model: nn.Module) -> None:
     other = copy.deepcopy(model)
     assert fingerprint(other) == fingerprint(model)
+    graph = export(model, (X,))
+    assert fingerprint(graph) == fingerprint(export(other, (X,))) != fingerprint(model)
+    other[1] = nn.GELU().eval()
+    assert fingerprint(other) != fingerprint(model) and fingerprint(export(other, (X,))) != fingerprint(graph)
+    other[1] = nn.ReLU().eval()
     other[0].weight[0, 0] += 1e-3
     assert fingerprint(other) != fingerprint(model) != fingerprint(nn.ReLU())
+
+
+# ------------------------------------------------------------------------------------------------ seeds and tensorboard
+def test_trials_are_repeatable_with_a_seed(model: nn.Module) -> None:
+    def draws() -> list[Any]:
+        found: list[Any] = []
+
+        def calibrate(prepared: nn.Module) -> None:
+            found.append((random.random(), np.random.rand(), torch.rand(1).item()))
+            prepared(X)
+
+        config = TuningConfig([StaticQuantConfig(act_algo=a) for a in ACT], tolerable_loss=-1.0)
+        with pytest.warns(IncWarning, match="no config met"):
+            autotune(model, config, lambda m: found.append(torch.rand(1).item()) or 1.0, run_fn=calibrate)
+        return found
+
+    assert len(set(draws())) == 7  # the float model, and twice each of three trials
+    set_random_seed(5)
+    again = draws()
+    assert len(again) == 7 and len(set(again[0::2])) == 1 and len(set(again[1::2])) == 1
+    assert draws() == again
+
+
+class Writer:
+    """In the place of tensorboard's, which need not be installed."""
+
+    def __init__(self, log_dir: str) -> None:
+        self.file = Path(log_dir) / "events"
+        self.file.parent.mkdir(parents=True)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.text = f"{tag} {value} {step}\n"
+
+    def flush(self) -> None:
+        with self.file.open("a") as file:
+            file.write(self.text)
+
+    def close(self) -> None:
+        with self.file.open("a") as file:
+            file.write("closed\n")
+
+
+def test_scores_for_tensorboard(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    set_workspace(tmp_path)
+    tune(model, [1.0, 0.25, 1.0])
+    assert not (tmp_path / "tensorboard").exists()  # nobody asked
+    set_tensorboard(True)
+    for _ in range(2):
+        tune(model, [1.0, 0.25, 1.0], config_set=[GPTQConfig(), *(StaticQuantConfig(act_algo=a) for a in ACT)])
+    for run_ in ("1", "2"):
+        text = (tmp_path / "tensorboard" / run_ / "events").read_text()
+        assert text == "autotune/score 0.25 1\nautotune/score 1.0 2\nclosed\n"  # trial 0 has no score
+
+
+def test_without_the_package_tensorboard_a_warning_says_so_once(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    set_workspace(tmp_path)
+    set_tensorboard(True)
+    with pytest.warns(IncWarning) as seen:
+        q = tune(model, [1.0, 0.25, 1.0])
+    assert len(seen) == 1 and "package 'tensorboard' cannot be imported" in str(seen[0].message)
+    assert seen[0].filename == __file__ and len(q.tuning.trials) == 2 and not (tmp_path / "tensorboard").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- live, tables

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from inc_graph import common
-from inc_graph.errors import ConfigError
+from inc_graph.common.options import reseed
+from inc_graph.errors import ConfigError, IncWarning
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +43,42 @@ def test_one_seed_for_all_generators() -> None:
 
 
 def test_paths_and_flags(tmp_path: Path) -> None:
-    common.set_workspace(tmp_path)
-    common.set_resume_from(str(tmp_path / "old"))
+    common.set_workspace(tmp_path / "new")
+    common.set_resume_from(str(tmp_path))
     common.set_tensorboard(True)
     o = common.options
-    assert (o.workspace, o.resume_from, o.tensorboard) == (str(tmp_path), str(tmp_path / "old"), True)
-    assert not (tmp_path / "old").exists()
+    assert (o.workspace, o.resume_from, o.tensorboard) == (str(tmp_path / "new"), str(tmp_path), True)
+    assert not (tmp_path / "new").exists()
     for call, bad in ((common.set_workspace, 3), (common.set_workspace, ""), (common.set_resume_from, None)):
         with pytest.raises(ConfigError, match="must be a path"):
             call(bad)
     with pytest.raises(ConfigError, match="True or False"):
         common.set_tensorboard("yes")  # type: ignore[arg-type]
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for call in (common.set_workspace, common.set_resume_from):
+        with pytest.raises(ConfigError, match=r"must be a folder, and .*file' is a file"):
+            call(file)
+    assert (o.workspace, o.resume_from) == (str(tmp_path / "new"), str(tmp_path))
+
+
+def test_a_folder_that_is_not_there_has_nothing_to_go_on_with(tmp_path: Path) -> None:
+    with pytest.warns(IncWarning, match=r"there is no folder '.*tpyo', so there is nothing to go on with"):
+        common.set_resume_from(tmp_path / "tpyo")
+    assert common.options.folder == str(tmp_path / "tpyo") and not (tmp_path / "tpyo").exists()
+
+
+def test_reseeding_is_only_for_those_who_seed() -> None:
+    common.options._seeded = False
+    torch.manual_seed(1)
+    first = torch.rand(1)
+    torch.manual_seed(1)
+    reseed()
+    assert torch.equal(torch.rand(1), first)
+    common.set_random_seed(2**70)  # as large as Python takes it
+    state = random.random(), np.random.rand(), torch.rand(1).item()
+    reseed()
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == state
 
 
 def test_logging(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,15 +82,20 @@ def crush_inputs(model: nn.Sequential, at: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- damages
+@pytest.mark.parametrize("w_dtype", ["int8", "int4", "int2", "nf4"])  # below 8 bits weights are kept packed
 @pytest.mark.parametrize("graph", [True, False])
-def test_a_damage_is_that_of_the_model_with_only_this_layer_quantized(graph: bool) -> None:
+def test_a_damage_is_that_of_the_model_with_only_this_layer_quantized(graph: bool, w_dtype: str) -> None:
     model, x = mlp([8, 16, 12, 6]), data(8)
     want = model(x)
     crush_weights(model, 1)
-    found = damages(mlp([8, 16, 12, 6]), TENSOR, x, graph).layers
+    config = StaticQuantConfig(w_dtype, w_granularity="per_tensor", bias_correction=False, reduce_range=False)
+    measured = damages(mlp([8, 16, 12, 6]), config, x, graph)
+    found = measured.layers
     assert [d.name for d in found] == ["0", "2", "4"] and {d.op for d in found} == {"linear"}
+    assert not measured.unmeasured and not measured.cut
     for damage in found:
-        alone = StaticQuantConfig(w_granularity="per_tensor", bias_correction=False, reduce_range=False)
+        alone = copy.copy(config)
+        alone._local = {}
         alone.set_local([d.name for d in found if d is not damage], FLOAT)
         q = quantize(mlp([8, 16, 12, 6]), alone, feed(x), example_inputs=(x,), backend="eager")
         assert damage.db == pytest.approx(-rm.sqnr_db(want, q(x)), abs=0.05)
@@ -439,6 +446,59 @@ def test_local_settings_stay_in_force() -> None:
     assert both.local_config == {"2": TENSOR, "0": FLOAT}
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_more_bits_where_few_do_harm(graph: bool) -> None:
+    model, x = mlp([8, 16, 16, 6]), data(8)
+    few = StaticQuantConfig("int4", bias_correction=False, reduce_range=False)
+    q, _ = tune(model, x, graph, config_set=[few, PLAIN], tolerable_loss=200 - 35.0)
+    best = q.tuning.best
+    assert best.accepted and best.finer and not best.floats and len(q.tuning.sensitivity) == 3
+    assert all(d.others[0] < d.damage - 10 for d in q.tuning.sensitivity)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_composition(graph: bool) -> None:
+    """Each layer is measured as its part quantizes it, and left float whichever part it is in."""
+    model, x = mlp([8, 16, 16, 16, 6]), data(8)
+    crush_weights(model, 1)
+    both = StaticQuantConfig(w_granularity="per_tensor", white_list=["0$", "2$"], reduce_range=False)
+    both += StaticQuantConfig("int4", white_list=["4$"], reduce_range=False)
+    before = copy.deepcopy(both)
+    q, _ = tune(model, x, graph, config_set=both, tolerable_loss=200 - 15.0)
+    result = q.tuning
+    assert [d.name for d in result.sensitivity] == ["2", "4", "0"] and result.best.floats == ("2",)
+    assert result.best.accepted and {line.module for line in q.report.quantized} == {"0", "4"} and both == before
+    with pytest.warns(IncWarning, match="no config met the tolerance"):
+        q, _ = tune(model, x, graph, config_set=both, tolerable_loss=0.0)
+    assert ("2", "4") in [t.floats for t in q.tuning.trials]
+    with pytest.raises(ConfigError, match="takes a composition only as the one config of the set"):
+        tune(model, x, graph, config_set=[both, PLAIN + PLAIN])
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_timeout_ends_measuring(graph: bool, tmp_path: Path) -> None:
+    """One trial, of the first config, is done all the same; what was measured by half is not in the journal."""
+    model, x = mlp([8] * 6), data(8)
+    journal = tmp_path / "j"
+    calls: list[int] = []
+
+    def calibrate(prepared: nn.Module) -> None:
+        calls.append(1)
+        prepared(x)
+        time.sleep(0.3)
+
+    config = TuningConfig([PLAIN, TENSOR], strategy="sensitivity", timeout=0.2, journal=journal)
+    with pytest.warns(IncWarning, match=r"timeout=0.2 s was over while .* that of 0 of 5 layers is known"):
+        q = autotune(model, config, lambda m: 1.0, run_fn=calibrate, example_inputs=(x,) if graph else None)
+    result = q.tuning
+    assert len(calls) == 2 and len(result.trials) == 1 and result.trials[0].config == PLAIN
+    assert not result.sensitivity.layers and set(result.sensitivity.unmeasured.values()) == {"the time was over"}
+    assert not any("measured" in json.loads(line) for line in journal.read_text().splitlines())
+    left = iter([False, False, True])
+    some = damages(mlp([8] * 6), PLAIN, x, graph, over=lambda: next(left))
+    assert some.cut and [d.name for d in some.layers] == ["0", "2"] and len(some.unmeasured) == 3
+
+
 def test_what_the_strategy_does_not_take() -> None:
     model, x = mlp([8, 8, 8]), data(8)
     with pytest.raises(ConfigError, match="did you mean 'sensitivity'"):
@@ -512,7 +572,20 @@ def test_an_interrupted_search_measures_nothing_again(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "line", ["[1]", '{"config": "x"}', '{"measured": "x", "layers": [[1]], "unmeasured": {}}', '{"other": 1}', "7"]
+    "line",
+    [
+        "[1]",
+        '{"config": "x"}',
+        '{"measured": "x", "layers": [[1]], "unmeasured": {}}',
+        '{"measured": "x", "layers": [["a", "linear", "loud", true]], "unmeasured": {}}',
+        '{"measured": "x", "layers": [], "unmeasured": []}',
+        '{"other": 1}',
+        "7",
+        '{"config": "x", "score": "abc", "bytes": 1, "milliseconds": null, "seconds": 1.0}',
+        '{"config": "x", "score": null, "bytes": 1, "milliseconds": null, "seconds": 1.0}',
+        '{"config": "x", "score": 1.0, "bytes": 1, "milliseconds": "1", "seconds": 1.0}',
+        '{"config": [], "score": 1.0, "bytes": 1, "milliseconds": null, "seconds": 1.0}',
+    ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     model, x = mlp([8, 8, 8]), data(8)

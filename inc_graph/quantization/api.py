@@ -83,15 +83,15 @@ def prepare(
         ConfigError, CaptureError, PassError: nothing has been changed then.
     """
     quant_config = as_config(quant_config)
-    if isinstance(model, str):
-        quant_config.recipe("eager", None)  # a method that is not there says so first
-        raise CaptureError(f"{model!r} is the name of a model", hint="load it: prepare takes the model itself")
     if has_own_algorithm(quant_config):
         own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
         own = run_entries(own, plan, Mode.PREPARE)
         if plan.rest is not None:
             own = _prepare(own, plan.rest, True, None, None, backend)
         return remember(own, plan)
+    if isinstance(model, str):
+        quant_config.recipe("eager", None)  # a method that is not there says so first
+        raise CaptureError(f"{model!r} is the name of a model", hint="load it: prepare takes the model itself")
     if isinstance(model, ExportedProgram):
         model, example_inputs, dynamic_shapes = export(model, example_inputs, dynamic_shapes), None, None
     return _prepare(unwrap(model), quant_config, inplace, example_inputs, dynamic_shapes, backend)

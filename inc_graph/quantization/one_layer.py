@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from inc_graph.errors import ConfigError
 from inc_graph.graph import get_attr, get_level, module_path, peek_meta
 from inc_graph.oppattern import OpPattern, pattern_of
-from inc_graph.ops import is_dequantize, is_quantize
+from inc_graph.ops import is_inc
 from inc_graph.quantization import module_scope
 from inc_graph.quantization.finish import finish, observers_of
 from inc_graph.quantization.leaf import Leaf
@@ -177,7 +177,7 @@ class GraphScope:
         def value(node: fx.Node) -> Any:
             if node.op == "get_attr":
                 return get_attr(self.qdq, str(node.target))
-            if is_quantize(node) or is_dequantize(node):
+            if is_inc(node):  # also what unpacks weights of less than 8 bits
                 return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
             return env[node.name]
 

@@ -44,10 +44,14 @@ class Damage:
 
 @dataclass
 class Measured:
-    """The layers of one config, in the order of the graph; those that could not be measured with the reason."""
+    """The layers of one config, in the order of the graph; those that could not be measured with the reason.
+
+    `cut`: the time was over before all of it was done.
+    """
 
     layers: list[Damage] = field(default_factory=list)
     unmeasured: dict[str, str] = field(default_factory=dict)
+    cut: bool = False
 
 
 def measure(
@@ -60,6 +64,7 @@ def measure(
     exportable: Any = None,
     calls: int = 2,
     step: Callable[[str], None] = lambda text: None,
+    over: Callable[[], bool] = lambda: False,
 ) -> Measured:
     """The damage of each layer that `config` quantizes.
 
@@ -71,6 +76,7 @@ def measure(
         exportable: The `example_inputs` of `prepare`.
         calls: The damage is measured on the inputs of the first so many calls.
         step: Told what is being done.
+        over: Asked after each layer whether the time is over: what is not measured by then, is not.
 
     Raises:
         ConfigError: there are no inputs, the output holds no finite float values, or the method has no Q-DQ form.
@@ -86,11 +92,18 @@ def measure(
             observer.enabled = False  # from here on prepared(x) is the float model
         found, total = Measured(), {u.name: _Noise() for u in scope.units}
         scope.settle()
+        found.cut = over()
         for number, call in enumerate(inputs, 1):
-            for at, (unit, want, have) in enumerate(scope.outputs(call, found.unmeasured), 1):
+            outputs = iter(()) if found.cut else scope.outputs(call, found.unmeasured)
+            for at, (unit, want, have) in enumerate(outputs, 1):
                 step(f"measuring layer {at} of {len(scope.units)}, call {number} of {len(inputs)}")
                 total[unit.name].add(want, have)
+                found.cut = over()
+                if found.cut:
+                    break
     for unit in scope.units:
+        if found.cut and not total[unit.name].sums:
+            found.unmeasured.setdefault(unit.name, "the time was over")
         if unit.name not in found.unmeasured:
             db = total[unit.name].db()
             if db is None:

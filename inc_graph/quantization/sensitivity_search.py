@@ -21,6 +21,7 @@ from typing import Any, overload
 
 from inc_graph.errors import ConfigError
 from inc_graph.quantization.base_config import BaseConfig
+from inc_graph.quantization.composable import ComposableConfig
 from inc_graph.quantization.configs.weight_only import RTNConfig
 from inc_graph.quantization.sensitivity import Measured
 
@@ -193,9 +194,12 @@ def search(sensitivity: Sensitivity, configs: Sequence[BaseConfig]) -> Generator
 
 def _config(base: BaseConfig, finer: dict[str, BaseConfig], floats: Sequence[str]) -> BaseConfig:
     new: BaseConfig = base.expand()[0]  # a copy: it holds no lists of candidates any more
-    for name, config in finer.items():
-        new.set_local(name, config.global_config)
-    return new.set_local(list(floats), float_config(base)) if floats else new
+    for part in new.config_list if isinstance(new, ComposableConfig) else [new]:
+        for name, config in finer.items():
+            part.set_local(name, config.global_config)
+        if floats:
+            part.set_local(list(floats), float_config(part))
+    return new
 
 
 def _steps(finer: int, floats: int) -> Steps:

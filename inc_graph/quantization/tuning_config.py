@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ class ConfigLoader:
     Args:
         config_set: As `ConfigSet` takes them.
         sampler: A class derived from `Sampler`, or a function that takes a `ConfigSet` and gives indices.
+
+    Raises:
+        ConfigError: in iterating: the sampler gives no indices, none at all, or one of no config.
     """
 
     def __init__(self, config_set: Any, sampler: Callable[[ConfigSet], Iterable[int]] = SequentialSampler) -> None:
@@ -97,12 +101,28 @@ class ConfigLoader:
 
     def __iter__(self) -> Iterator[BaseConfig]:
         seen = set()
-        for index in self._sampler(self.config_set):
-            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.config_set):
-                raise ConfigError(f"the sampler gave {index!r}; there are {len(self.config_set)} configs, from 0")
+        given = self._sampler(self.config_set)
+        try:
+            indices = iter(given)
+        except TypeError as e:
+            raise ConfigError(f"the sampler must give indices of configs, not {given!r}: {e}") from e
+        for one in indices:
+            index = _index(one)
+            if index is None or not 0 <= index < len(self.config_set):
+                raise ConfigError(f"the sampler gave {one!r}; there are {len(self.config_set)} configs, from 0")
             if index not in seen:
                 seen.add(index)
                 yield self.config_set[index]
+        if not seen:
+            raise ConfigError(f"the sampler gave no index, so none of {len(self.config_set)} configs is tried")
+
+
+def _index(value: Any) -> int | None:
+    """A whole number, also of NumPy or in a tensor; None if it is none."""
+    try:
+        return None if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -189,10 +209,11 @@ class TuningConfig:
         relative: Whether `tolerable_loss` is a share of the size of the float model's score (of 0, nothing is lost
             then), or a difference of scores.
         higher_is_better: Whether a larger score is better.
-        timeout: Seconds after which no other trial is begun, None for no limit.
+        timeout: Seconds after which no other trial is begun, and no damage of layers measured; None for no limit.
         journal: A file that each trial is written to at once. If it is there, what it holds is not tried again, so that
-            an interrupted search goes on. Default: `autotune.jsonl` in the folder given to
-            `inc_graph.common.set_resume_from` or `set_workspace`; without any of them nothing is written.
+            an interrupted search goes on. Default: a new file in the folder given to
+            `inc_graph.common.set_workspace`, or the last one of the same search in that given to `set_resume_from`;
+            without any of them nothing is written.
         strategy: "configs": one config after the other. "sensitivity": the damage of each layer is measured once, and
             the search is for the layers that have to stay float, or need more bits.
         sensitivity_calls: That damage is measured on the inputs of the first so many calls that `run_fn` makes.
@@ -238,7 +259,9 @@ class TuningConfig:
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
 
     def limit(self, baseline: float) -> float:
-        """The worst score that is still accepted, given that of the float model."""
+        """The worst score that is still accepted, given that of the float model; an infinite one loses nothing."""
+        if math.isinf(baseline):
+            return baseline
         allowed = self.tolerable_loss * (abs(baseline) if self.relative else 1.0)
         return baseline - allowed if self.higher_is_better else baseline + allowed
 

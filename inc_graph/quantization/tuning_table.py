@@ -99,7 +99,9 @@ class TuningResult:
         return "\n".join(line.rstrip() for line in text.splitlines())
 
     def loss(self, score: float) -> float:
-        """How much worse than the float model; below 0 for what is better."""
+        """How much worse than the float model; below 0 for what is better, 0 for an equal one, also an infinite one."""
+        if score == self.baseline:
+            return 0.0
         return self.baseline - score if self.higher_is_better else score - self.baseline
 
     @property

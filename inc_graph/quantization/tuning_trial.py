@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from inc_graph.capture import own_mutated
 from inc_graph.common.logger import TuningLogger, logger
+from inc_graph.common.options import reseed
 from inc_graph.errors import CaptureError, ConfigError, IncError
 from inc_graph.export import example_call, export, unwrap
 from inc_graph.graph import clone
@@ -43,20 +44,26 @@ class Source:
 
     def quantize(self, config: BaseConfig) -> nn.Module:
         """The quantized model. What `run_fn` raises comes as `errors_of_the_user` turns it back."""
+        reseed()  # what is drawn at random is the same for each trial
         if has_own_algorithm(config):
             model = own_copy(unwrap(self.original))
             return quantize(model, config, _passing(self.run_fn), self.run_args, example_inputs=self.example_inputs)
         return quantize(self._start(), config, _passing(self.run_fn), self.run_args, example_inputs=self.exportable)
 
-    def measure(self, config: BaseConfig, calls: int, step: Callable[[str], None]) -> Measured:
+    def measure(
+        self, config: BaseConfig, calls: int, step: Callable[[str], None], over: Callable[[], bool]
+    ) -> Measured:
         """The damage of each layer."""
+        if has_own_algorithm(config):
+            text = f"strategy='sensitivity' cannot measure the layers of {config}: a method of one's own has no graph"
+            raise ConfigError(text, hint="use strategy='configs'")
         if self.run_fn is None and config.needs_calibration:
             raise ConfigError("this method needs calibration data", hint="pass run_fn")
         if self.run_fn is not None and not callable(self.run_fn):
             raise ConfigError(f"run_fn must be a function that runs data through the model, not {self.run_fn!r}")
         return measure(
             self._start(), config, _passing(self.run_fn), self.run_args, self.example_inputs,
-            exportable=self.exportable, calls=calls, step=step,
+            exportable=self.exportable, calls=calls, step=step, over=over,
         )  # fmt: skip
 
     def _start(self) -> nn.Module:
