@@ -14,6 +14,7 @@ Roles:
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,9 +23,13 @@ from typing import Any
 from torch import fx
 
 from inc_graph.errors import PatternError
+from inc_graph.graph import module_path, module_type, peek_meta
 from inc_graph.registry import PATTERNS
 
-__all__ = ["ROLES", "OpPattern", "OperatorInfo", "argument", "pattern_of", "register_pattern", "set_arguments"]
+__all__ = [
+    "ROLES", "Named", "OpPattern", "OperatorInfo", "argument", "named", "names_of_type", "operator_name", "pattern_of",
+    "pattern_of_module", "register_pattern", "set_arguments", "types_of_module",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class OperatorInfo:
         name: Path of its module; of a function call, its name in the graph.
         op: Operator type, such as "linear", "conv2d", "matmul" (module class where there is no graph).
         module_type: Class name of the innermost module, "" if there is none.
-        weight_shape: Of its weight, None if it has none.
+        weight_shape: Of its weight, None if it has none (relu, add).
     """
 
     name: str
@@ -144,3 +149,101 @@ def argument(node: fx.Node, position: int) -> Any:
         return None
     spec = schema.arguments[position]
     return node.kwargs.get(spec.name, spec.default_value)
+
+
+# ------------------------------------------------------------------------------------------ what users call an operator
+@dataclass(frozen=True)
+class Named:
+    """All that a rule can know an operator by, be it a node of a graph or a module.
+
+    Attributes:
+        path: Of the innermost module.
+        name: See `operator_name`.
+        types: Every name of its type: pattern, aten name, functions, classes, innermost module.
+        weighted: Whether it has a weight: it is what its module does, then, whatever class that is of.
+    """
+
+    path: str
+    name: str
+    types: frozenset[str]
+    weighted: bool = False
+
+
+def named(node: fx.Node, pattern: OpPattern) -> Named:
+    """The names of an operator of a graph.
+
+    Where a pass has spelled it in another way, its types are also those it had (`was` in its annotations).
+    """
+    types = _types(pattern, node.target, module_type(node), peek_meta(node).get("was"))
+    return Named(module_path(node), operator_name(node, pattern), types, pattern.weight is not None)
+
+
+def operator_name(node: fx.Node, pattern: OpPattern) -> str:
+    """The path of the module that is this operator; of a function call, its name in the graph.
+
+    A module is the operator if its class is one that the pattern names, or is derived from one, or if the weight is its
+    own.
+    """
+    path, inner = module_path(node), module_type(node)
+    weight = argument(node, pattern.weight) if pattern.weight is not None else None
+    its_own = bool(path) and isinstance(weight, fx.Node) and weight.target == f"{path}.weight"
+    if its_own or inner in _types(pattern, node.target, None, None):
+        return path
+    kind = _class_of(node, inner or "")
+    return path if any(c in pattern.modules for c in getattr(kind, "__mro__", ())) else node.name
+
+
+def _class_of(node: fx.Node, inner: str) -> Any:
+    """The class of the innermost module: a captured graph knows its name only."""
+    frames: list[Any] = list((node.meta.get("nn_module_stack") or {}).values())
+    if frames and isinstance(frames[-1][1], type):
+        return frames[-1][1]
+    parts = inner.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        if (found := sys.modules.get(".".join(parts[:i]))) is not None:
+            for part in parts[i:]:
+                found = getattr(found, part, None)
+            return found
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _types(pattern: OpPattern, target: Any, inner: str | None, was: str | None) -> frozenset[str]:
+    names = {pattern.name, str(target)}
+    if (schema := getattr(target, "_schema", None)) is not None:
+        names.add(schema.name)
+    for module in pattern.modules:
+        names |= set(names_of_type(module))
+    if inner is not None:
+        names |= {inner, inner.rpartition(".")[2]}
+    if was is not None and was in PATTERNS:
+        names |= {was, *(n for module in PATTERNS.get(was).modules for n in names_of_type(module))}
+    return frozenset(names)
+
+
+def pattern_of_module(kind: type) -> OpPattern | None:
+    """The pattern of what a module of this class computes, None if there is none; a derived class does what its base
+    does."""
+    for base in kind.__mro__:
+        if (found := next((p for _, p in PATTERNS.items() if base in p.modules), None)) is not None:
+            return found
+    return None
+
+
+def types_of_module(kind: Any) -> frozenset[str]:
+    """As `Named.types`, of a module class, or of the short name of one where no more is known."""
+    if isinstance(kind, type):
+        own, pattern = set(names_of_type(kind)), pattern_of_module(kind)
+    else:
+        own = {kind}
+        pattern = next((p for _, p in PATTERNS.items() if kind in [names_of_type(m)[0] for m in p.modules]), None)
+    return frozenset(own) if pattern is None else _types(pattern, pattern.targets[0], None, None) | own
+
+
+def names_of_type(kind: Any) -> tuple[str, str]:
+    """(short, qualified) name of a module class or function."""
+    short = getattr(kind, "__name__", str(kind))
+    name = getattr(kind, "__qualname__", short)
+    if "<locals>" in name and not isinstance(kind, type):  # torch makes its pooling functions in one that names them so
+        name = short
+    return short, f"{getattr(kind, '__module__', None) or 'torch'}.{name}"

@@ -1,32 +1,37 @@
 """WHERE -> WHAT + HOW: the ordered list of rules that a user's config compiles to.
 
 `prepare` and `convert` know recipes and pipelines only. A recipe is JSON-able and rides in `gm.meta["inc"]["recipe"]`,
-so that convert, saving and inspection see the decisions that prepare was given. The most specific rule wins; among
-equals, the one said last.
+so that convert, saving and inspection see the decisions that prepare was given.
 
 A name is the path of a module, as a regular expression that is matched at its start. An operator that is a function
 call has no module of its own (`torch.matmul` in somebody's forward): it can be named by its name in the graph, in full.
+
+Which rule wins is said in `decide` and nowhere else: recipes and `to_config_mapping` both ask it. The rules of each
+config begin with the one of kind "all"; in a composition a rule whose origin is `PRIORITY` stands before the configs
+of a higher priority.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import fx
 
 from inc_graph.errors import ConfigError
-from inc_graph.graph import module_path, module_type, peek_meta
-from inc_graph.oppattern import OpPattern
-from inc_graph.registry import PATTERNS
+from inc_graph.oppattern import Named, OpPattern, named, names_of_type, operator_name
 from inc_graph.spec import QSpec
 
-__all__ = ["KINDS", "OpQuant", "Recipe", "Where", "WhereRule", "get_recipe", "operator_name", "set_recipe"]
+__all__ = [
+    "KINDS", "Claim", "OpQuant", "Recipe", "Where", "WhereRule", "claims", "decide", "get_recipe", "in_vain",
+    "names_of_type", "operator_name", "set_recipe",
+]  # fmt: skip
 
 KINDS = ("all", "type", "implied", "predicate", "name")  # from the least to the most specific
+FITS = (*KINDS, "path")  # a name may be the whole path, as it stands
+WHITE_LIST, ENTRY, PRIORITY = "white_list", "white_list entry ", "higher priority"  # origins that mean something
 
 
 @dataclass(frozen=True)
@@ -53,27 +58,25 @@ class Where:
             except re.error as e:
                 raise ConfigError(f"{self.value!r} is not a regular expression: {e}") from e
 
-    def rank(self, node: fx.Node, pattern: OpPattern) -> float | None:
-        """How specific this is for an operator, None if it is not meant."""
-        base = float(KINDS.index(self.kind))
+    def fit(self, op: Named) -> str | None:
+        """One of `FITS`: how this speaks of an operator; None if it does not."""
         if self.kind == "all":
-            return base
+            return "all"
         if self.kind == "type":
-            return base if self.value in type_names(node, pattern) else None
-        path = module_path(node)
-        own_name = operator_name(node, pattern)
+            return "type" if self.value in op.types else None
         if self.kind == "predicate":
-            return base if own_name in (self.members or ()) else None
-        if re.fullmatch(self.value, path) is not None or self.value == own_name:
-            return base + 0.5
-        if re.match(self.value, path) is not None:
-            return base
+            members = self.members or ()
+            return "predicate" if op.name in members or (op.weighted and op.path in members) else None
+        if self.kind == "name" and self.value and self.value in (op.path, op.name):
+            return "path"
+        if re.match(self.value, op.path) is not None:
+            return self.kind
         # neural_compressor takes the name of a class for the class
-        return 1.0 if self.value[:1].isupper() and self.value in type_names(node, pattern) else None
+        return "type" if self.value[:1].isupper() and self.value in op.types else None
 
     def matches(self, node: fx.Node, pattern: OpPattern) -> bool:
-        """Whether this operator is meant."""
-        return self.rank(node, pattern) is not None
+        """Whether this operator of a graph is meant."""
+        return self.fit(named(node, pattern)) is not None
 
     def to_json(self) -> dict[str, Any]:
         members = None if self.members is None else list(self.members)
@@ -137,6 +140,11 @@ class WhereRule:
     what: OpQuant | None = None
     origin: str = ""
 
+    @property
+    def floats(self) -> bool:
+        """Whether it leaves operators float."""
+        return self.what is None
+
     def to_json(self) -> dict[str, Any]:
         return {"where": self.where.to_json(), "what": self.what and self.what.to_json(), "origin": self.origin}
 
@@ -181,11 +189,8 @@ class Recipe:
 
     def resolve(self, node: fx.Node, pattern: OpPattern) -> tuple[int, WhereRule] | None:
         """The rule for `node` and its index, or None if no rule speaks of it."""
-        best: tuple[float, int] | None = None
-        for i, rule in enumerate(self.rules):
-            if (rank := rule.where.rank(node, pattern)) is not None and (best is None or (rank, i) > best):
-                best = (rank, i)
-        return None if best is None else (best[1], self.rules[best[1]])
+        found = decide(self.rules, named(node, pattern))
+        return None if found is None else (found, self.rules[found])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -217,41 +222,98 @@ class Recipe:
         return "\n".join([f"{self.method} for {self.backend}:", *(f"  {i}. {r}" for i, r in enumerate(self.rules))])
 
 
-def operator_name(node: fx.Node, pattern: OpPattern) -> str:
-    """The path of the module that is this operator; of a function call, its name in the graph."""
-    own = module_type(node) in _type_names(pattern, node.target, None, None)
-    return module_path(node) if own else node.name
+# --------------------------------------------------------------------------------------------------------- precedence
+class _Rule(Protocol):
+    @property
+    def where(self) -> Where: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def floats(self) -> bool: ...
 
 
-def type_names(node: fx.Node, pattern: OpPattern) -> frozenset[str]:
-    """Every name a user may call the operator's type by: pattern, aten name, functions, classes, innermost module.
+class Claim(NamedTuple):
+    """What one config says of an operator: the index of its rule, and how that fits. Larger is stronger."""
 
-    Where a pass has spelled an operator in another way, also the names of the type it was (`was` in its annotations).
+    quantizes: bool
+    priority: int
+    fit: int
+    rule: int
+
+
+def claims(rules: Sequence[_Rule], op: Named) -> list[Claim]:
+    """The claim of each config that speaks of an operator.
+
+    Inside of a config a local setting is above the white list; then the better fit counts, then the later rule. What a
+    config implies gives way where it names the operator, or a predicate of it takes that.
     """
-    return _type_names(pattern, node.target, module_type(node), peek_meta(node).get("was"))
+    found: list[Claim] = []
+    priority = 0
+    for start, end in _configs(rules):
+        priority += rules[start].origin == PRIORITY
+        fits = {i: fit for i in range(start, end) if (fit := rules[i].where.fit(op)) is not None}
+        if rules[start].floats and rules[start].origin in (WHITE_LIST, PRIORITY):
+            fits.pop(start)
+        if any(fit in ("predicate", "name", "path") for fit in fits.values()):
+            fits = {i: fit for i, fit in fits.items() if fit != "implied"}
+        local = {i: fit for i, fit in fits.items() if fit != "all" and not rules[i].origin.startswith(ENTRY)}
+        if fits:
+            best, i = max((FITS.index(fit), i) for i, fit in (local or fits).items())
+            found.append(Claim(not rules[i].floats, priority, best, i))
+    return found
 
 
-@functools.lru_cache(maxsize=4096)
-def _type_names(pattern: OpPattern, target: Any, inner: str | None, was: str | None) -> frozenset[str]:
-    names = {pattern.name, str(target)}
-    if (schema := getattr(target, "_schema", None)) is not None:
-        names.add(schema.name)
-    for module in pattern.modules:
-        names |= set(names_of_type(module))
-    if inner is not None:
-        names |= {inner, inner.rpartition(".")[2]}
-    if was is not None and was in PATTERNS:
-        names |= {was, *(n for module in PATTERNS.get(was).modules for n in names_of_type(module))}
-    return frozenset(names)
+def _configs(rules: Sequence[_Rule]) -> list[tuple[int, int]]:
+    """Where the rules of each config begin and end."""
+    starts = sorted({0, *(i for i, rule in enumerate(rules) if rule.where.kind == "all")})
+    return list(zip(starts, [*starts[1:], len(rules)], strict=True)) if rules else []
 
 
-def names_of_type(kind: Any) -> tuple[str, str]:
-    """(short, qualified) name of a module class or function."""
-    short = getattr(kind, "__name__", str(kind))
-    name = getattr(kind, "__qualname__", short)
-    if "<locals>" in name:  # torch makes its pooling functions in a function that gives them all one name
-        name = short
-    return short, f"{getattr(kind, '__module__', None) or 'torch'}.{name}"
+def decide(rules: Sequence[_Rule], op: Named) -> int | None:
+    """Index of the rule that an operator goes by: of the claims of the configs one that quantizes is above one that
+    leaves float; then the priority of the config counts, then the better fit, then the later config.
+
+    Where white lists leave it out and nothing else speaks of it, that is the last white list; None without one.
+    """
+    if found := claims(rules, op):
+        return max(found).rule
+    lists = [i for i, rule in enumerate(rules) if rule.where.kind == "all" and rule.origin == WHITE_LIST]
+    return lists[-1] if lists else None
+
+
+def in_vain(rules: Sequence[WhereRule], operators: Sequence[Named]) -> tuple[list[str], list[str]]:
+    """Messages for a user: (local settings that another one of the same config always beats, operators that two configs
+    claim). Rules that lose to what says the same are not meant, nor what one config leaves to another's "everything".
+    """
+    parts = [(start, end) for start, end in _configs(rules) if rules[start].origin != PRIORITY]
+    config = {i: number for number, (start, end) in enumerate(parts, 1) for i in range(start, end)}
+    won: set[int] = set()
+    beaten: dict[int, int] = {}
+    twice: dict[tuple[int, int], dict[str, None]] = {}
+    for op in operators:
+        found = claims(rules, op)
+        won.update(claim.rule for claim in found)
+        for i, rule in enumerate(rules):
+            local = rule.where.kind not in ("all", "implied") and not rule.origin.startswith(ENTRY)
+            mine = next((c.rule for c in found if config[c.rule] == config.get(i)), i)
+            if local and rule.where.fit(op) is not None and rules[mine].what != rule.what:
+                beaten.setdefault(i, mine)
+        for lost in found:
+            first = max(found)
+            said = FITS[lost.fit] not in ("all", "implied") or (lost.fit == first.fit and FITS[lost.fit] == "all")
+            if said and lost is not first and rules[lost.rule].what != rules[first.rule].what:
+                twice.setdefault((lost.rule, first.rule), {})[op.name] = None
+    dead = [f"{_said(rules[i])} never counts: {_said(rules[j])} beats it" for i, j in beaten.items() if i not in won]
+    both = []
+    for pair, ops in twice.items():
+        shown = ", ".join(list(ops)[:5]) + (", ..." if len(ops) > 5 else "")
+        a, b = (f"{_said(rules[i])} of config {config[i]}" for i in pair)
+        both.append(f"two configs claim {shown}: {b} wins over {a}")
+    return dead, both
+
+
+def _said(rule: WhereRule) -> str:
+    return rule.origin or ("everything" if rule.where.kind == "all" else str(rule.where))
 
 
 def _same_keys(data: Any, cls: type) -> None:

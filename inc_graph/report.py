@@ -24,7 +24,7 @@ from inc_graph.errors import ConfigError
 from inc_graph.graph import get_attr, module_path, peek_meta
 from inc_graph.oppattern import pattern_of
 
-__all__ = ["OpLine", "Report", "attribute_bytes", "read_graph", "with_activations"]
+__all__ = ["OpLine", "Report", "attribute_bytes", "printed", "read_graph", "type_of", "with_activations"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Report:
         floats: Operators that stayed float; `detail` is the reason.
         bytes_before, bytes_after: Bytes of all parameters and buffers the model reads.
         timings: (pass, seconds).
+        recipe: For every operator which rule gave it which method (`quantization.decisions`); print it.
     """
 
     method: str = ""
@@ -59,6 +60,9 @@ class Report:
     bytes_after: int = 0
     timings: list[tuple[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.recipe: Any = None  # read from the graph, which is saved: no field, so no part of the saved report
 
     @property
     def quantized(self) -> list[OpLine]:
@@ -90,12 +94,7 @@ class Report:
         return report
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        console.print(self)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        return printed(self)
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -119,6 +118,16 @@ class Report:
         return Group(table, *(f"note: {n}" for n in self.notes))
 
 
+def printed(table: Any) -> str:
+    """A table as plain text, 120 columns wide."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
 def _listed(name: str, data: Any) -> list[Any]:
     if not isinstance(data, list):
         raise ConfigError(f"Report.{name} must be a list")
@@ -137,7 +146,10 @@ def _timing(data: Any) -> tuple[str, float]:
         raise ConfigError("Report.timings: an entry is a pass and its seconds")
     if not isinstance(data[1], int | float):
         raise ConfigError("Report.timings: an entry is a pass and its seconds")
-    return data[0], float(data[1])
+    try:
+        return data[0], float(data[1])
+    except OverflowError as e:
+        raise ConfigError("Report.timings: an entry is a pass and its seconds") from e
 
 
 def _grouped(lines: list[OpLine]) -> dict[tuple[str, str], list[OpLine]]:
@@ -163,7 +175,7 @@ def read_graph(gm: fx.GraphModule) -> tuple[list[OpLine], list[OpLine]]:
     quantized, floats = [], []
     for node in gm.graph.nodes:
         notes, pattern = peek_meta(node), pattern_of(node)
-        line = OpLine(node.name, module_path(node), notes.get("op") or _type_of(node), notes.get("float", ""))
+        line = OpLine(node.name, module_path(node), notes.get("op") or type_of(node), notes.get("float", ""))
         if pattern is None or pattern.role == "activation":
             if not _computes(node) or line.op in _MOVES:
                 continue
@@ -195,11 +207,11 @@ def with_activations(
         source = node.args[0] if node.args else None
         if name not in told and isinstance(source, fx.Node) and source.name in kernels and _computes(node):
             detail = "the kernel before it does not compute it"
-            lines.append(OpLine(name, module_path(node), _type_of(node), detail))
+            lines.append(OpLine(name, module_path(node), type_of(node), detail))
     return lines
 
 
-def _type_of(node: fx.Node) -> str:
+def type_of(node: fx.Node) -> str:
     """The name of the operator's pattern; without one "relu" for aten operators, "library::name" for others."""
     if (pattern := pattern_of(node)) is not None:
         return pattern.name

@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from inc_graph.errors import UnusedRuleWarning
+from inc_graph.errors import IncWarning, UnusedRuleWarning
 from inc_graph.graph import inc_meta, is_float, set_level
-from inc_graph.oppattern import OpPattern, pattern_of
+from inc_graph.oppattern import OpPattern, named, pattern_of
 from inc_graph.passes._eligible import DATA, PARAMETER, Facts, useless, weight_spec
 from inc_graph.passmanager import Pass, PassReport, PassResult
-from inc_graph.recipe import OpQuant, Recipe, get_recipe
-from inc_graph.registry import PASSES
+from inc_graph.recipe import OpQuant, Recipe, get_recipe, in_vain
+from inc_graph.registry import PASSES, PATTERNS
 from inc_graph.spec import PerTensor, QSpec
 
 Key = tuple[str, str]  # text of the QSpec, algorithm: values read under one key share their scale
@@ -314,13 +314,20 @@ def _producer(node: fx.Node) -> Any:
 
 
 def _say_unused(gm: fx.GraphModule, recipe: Recipe) -> None:
-    """Warn of every rule that speaks of no operator of the graph, or of none that can be set by itself."""
+    """Warn of every rule that speaks of no operator of the graph, of none that can be set by itself, or in vain."""
     nodes = [(n, p) for n in gm.graph.nodes if (p := pattern_of(n)) is not None]
+    dead, twice = in_vain(recipe.rules, [named(n, p) for n, p in nodes if p.role in ("anchor", "follower")])
+    for text in dead:
+        warnings.warn(text, UnusedRuleWarning, stacklevel=2)
+    for text in twice:
+        warnings.warn(text, IncWarning, stacklevel=2)
     for rule in recipe.rules:
         if rule.where.kind == "all":
             continue
         roles = {p.role for n, p in nodes if rule.where.matches(n, p)}
         why = None if roles else "matched no operator of the model"
+        if why and rule.where.kind == "name" and rule.where.value in PATTERNS:
+            why += f" by its name; the type {rule.where.value} is meant by its class or function, such as torch.matmul"
         if roles == {"activation"}:
             why = (
                 "has no effect by itself: an activation function is part of the operator that produces its input; "

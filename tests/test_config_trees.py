@@ -19,7 +19,6 @@ from inc_graph.quantization import config as c
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.fields import Field
 from inc_graph.quantization.mapping import config_mapping
-from inc_graph.recipe import names_of_type
 
 CLASSES = list(c.get_all_registered_configs().values())
 
@@ -59,9 +58,8 @@ def configs(draw: st.DrawFn, depth: int = 1, kinds: Any = tuple(CLASSES), lists:
     if depth:
         for key in draw(st.lists(keys, max_size=3, unique_by=str)):
             other = draw(st.booleans())
-            config.set_local(
-                key, draw(configs(depth=depth - 1, kinds=tuple(CLASSES) if other else (kind,), lists=lists))
-            )
+            inner = draw(configs(depth=0, kinds=tuple(CLASSES) if other else (kind,), lists=lists))
+            config.set_local(key, inner.global_config)
     return config
 
 
@@ -91,23 +89,29 @@ trees = st.lists(
 )
 
 
-def by_search(config: BaseConfig, path: str, kind: str) -> BaseConfig | None:
-    """What the documentation says, in so many words."""
-    plain = config.global_config
-    settings = list(config.local_config.items())
-    settings = ([] if config.white_list == "*" else [(k, plain) for k in config.white_list]) + settings
-    names = [(k, x) for k, x in settings if isinstance(k, str)]
-    whole = [x for k, x in names if re.fullmatch(k, path)]
-    start = [x for k, x in names if re.match(k, path)]
-    asked = [x for k, x in settings if k in PREDICATES and k(OperatorInfo(path, kind, kind))]
-    implied = [x for k, x in config.implied() if re.match(k, path)]
-    types = [
-        x
-        for k, x in settings
-        if k == kind or (not isinstance(k, str) and k not in PREDICATES and kind in names_of_type(k))
-    ]
-    everything = [plain] if config.white_list == "*" else []
-    return next((x[-1] for x in (whole, start, asked, implied, types, everything) if x), None)
+FITS = ["all", "type", "implied", "predicate", "name", "path"]
+SAME = {"Linear": [nn.Linear, nn.functional.linear, torch.ops.aten.linear.default], "Conv2d": [nn.Conv2d],
+        "Embedding": [nn.Embedding]}  # fmt: skip
+
+
+def fit(key: Any, path: str, kind: str) -> str | None:
+    if isinstance(key, str):
+        return "path" if key == path else "name" if re.match(key, path) else "type" if key == kind else None
+    if key in PREDICATES:
+        return "predicate" if key(OperatorInfo(path, kind, kind)) else None
+    return "type" if key in SAME[kind] else None
+
+
+def by_search(config: BaseConfig, path: str, kind: str) -> tuple[int, BaseConfig] | None:
+    """What the documentation says, in so many words: (how it fits, the config)."""
+    plain, listed = config.global_config, [] if config.white_list == "*" else config.white_list
+    local = [(how, x) for key, x in config.local_config.items() if (how := fit(key, path, kind))]
+    white = [(how, plain) for key in listed if (how := fit(key, path, kind))]
+    if not any(how in ("predicate", "name", "path") for how, _ in white + local):
+        local = [("implied", x) for name, x in config.implied() if re.match(name, path)] + local
+    found = local or white or ([("all", plain)] if config.white_list == "*" else [])
+    best = max([(FITS.index(how), i) for i, (how, _) in enumerate(found)], default=None)
+    return None if best is None else (best[0], found[best[1]][1])
 
 
 @settings(max_examples=200)
@@ -115,7 +119,7 @@ def by_search(config: BaseConfig, path: str, kind: str) -> BaseConfig | None:
 def test_each_module_gets_what_a_search_says(config: BaseConfig, tree: list[tuple[str, str]]) -> None:
     mapping = config.to_config_mapping(model_info=tree)
     for path, kind in tree:
-        assert mapping.get((path, kind)) == by_search(config, path, kind)
+        assert mapping.get((path, kind)) == (by_search(config, path, kind) or (0, None))[1]
     assert set(mapping) <= set(tree)
 
 
@@ -127,8 +131,8 @@ def test_a_composition_gives_each_module_to_the_highest_priority(
     mapping = config_mapping(members, tree)
     for path, kind in tree:
         claims = [(m.priority, i, x) for i, m in enumerate(members) if (x := by_search(m, path, kind)) is not None]
-        quantizing = [claim for claim in claims if not claim[2].leaves_float()]
-        expected = max(quantizing or claims, key=lambda claim: claim[:2], default=(0, 0, None))[2]
+        ranked = [(not x.leaves_float(), priority, how, i, x) for priority, i, (how, x) in claims]
+        expected = max(ranked, key=lambda claim: claim[:4], default=(None,))[-1]
         assert mapping.get((path, kind)) == expected
 
 

@@ -330,6 +330,28 @@ def test_a_method_of_the_library_can_be_replaced(model: Net) -> None:
     assert q.got == {"fc1": 3, "fc10": 3, "fc2": 2}
 
 
+@pytest.mark.parametrize("key", [None, "b"])
+def test_a_layer_with_two_names_is_replaced_at_both(x: Tensor, key: str | None) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    config = RoundConfig() if key is None else RoundConfig(4).set_local(key, RoundConfig())
+    assert RoundConfig.get_model_info(Twice()) == [("a", "Linear"), ("b", "Linear")]
+    model = Twice().eval()
+    want = model(x)
+    q = quantize(model, config, lambda m: m(x))
+    assert type(q.a) is Codes and q.b is q.a and close(want, q(x))
+    back = rebuild(Twice(), reread(algorithms_of(q)))
+    back.load_state_dict(q.state_dict())
+    assert back.b is back.a and torch.equal(back(x), q(x))
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 def refused(model: nn.Module, error: type[Exception], match: str, call: Any) -> None:
     before = snapshot(model)

@@ -194,6 +194,8 @@ def _load_layers(
             inner = _assembled(gm, backend, Report(report.method))
             plan.append((paths, _leaf(inner, data["facts"], paths[0], old)))
             parts.kernels += inner.report.kernels
+            lines = inner.report.recipe
+            parts.recipe = lines if parts.recipe is None else parts.recipe + lines
             parts.reference += inner.report.reference
     inside = [p for paths, _ in plan for p in paths]
     state = _state(model, body["state"], saved, inside, body.get("state_dict") is True)

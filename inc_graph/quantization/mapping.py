@@ -1,92 +1,118 @@
-"""Which config each module of a model gets: the rule of precedence on its own, without a graph.
+"""What configs come to: the entries of each, from which its rules are made, and which config each module gets.
 
-    rank of a setting for a module:   4 name, the whole path    3 name, the start of the path    2 predicate
-                                      1 class or function       0 the config itself
-
-The highest rank wins, among equals the one said last. Settings that a config implies (a float head) lie between 1 and
-2. Between the configs of a composition the one with the higher priority wins where both claim a module.
+The precedence is `inc_graph.recipe.decide`'s; here a module takes the place of an operator.
 """
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from inc_graph.errors import ConfigError
-from inc_graph.oppattern import OperatorInfo
+from torch import nn
+
+from inc_graph.oppattern import Named, OperatorInfo, pattern_of_module, types_of_module
 from inc_graph.quantization.fields import DEFAULT_WHITE_LIST
-from inc_graph.quantization.where import is_predicate
-from inc_graph.recipe import names_of_type
+from inc_graph.quantization.where import asked, shown, where_of
+from inc_graph.recipe import ENTRY, PRIORITY, WHITE_LIST, Where, decide
 
-__all__ = ["config_for", "config_mapping", "rank_of", "winner"]
+__all__ = ["Entry", "ModuleType", "config_mapping", "entries_of", "info_of", "settled", "type_of"]
 
 
-def rank_of(key: Any, path: str, kind: str, info: OperatorInfo | None = None) -> float | None:
-    """How specific a key is for the module at `path` whose class is called `kind`; None if it does not speak of it.
+@dataclass(frozen=True)
+class Entry:
+    """One rule to be: whom it speaks of, and the config that they get (None: they stay float).
 
-    `info` is what a predicate is asked about; by default path and class are all that is known.
+    `key` is the key of a setting as the user gave it, None of what is no setting.
     """
-    if isinstance(key, str):
-        if re.fullmatch(key, path):
-            return 4
-        if re.match(key, path):
-            return 3
-        return 1 if key == kind else None  # neural_compressor takes the name of a class for the class
-    if isinstance(key, type) or getattr(key, "__module__", "") is None:
-        return 1 if kind in names_of_type(key) else None
-    if is_predicate(key):
-        return 2 if _ask(key, info or OperatorInfo(path, kind, kind)) else None
-    return 1 if kind in names_of_type(key) else None
+
+    where: Where
+    config: Any
+    origin: str = ""
+    key: Any = None
+
+    @property
+    def floats(self) -> bool:
+        """Whether operators stay float."""
+        return self.config is None or self.config.leaves_float()
 
 
-def _ask(predicate: Any, info: OperatorInfo) -> bool:
-    try:
-        return bool(predicate(info))
-    except Exception as e:
-        name = getattr(predicate, "__name__", repr(predicate))
-        hint = "a predicate takes one OperatorInfo: name, op, module_type, weight_shape"
-        raise ConfigError(f"predicate {name} fails for {info}: {type(e).__name__}: {e}", hint=hint) from e
+def entries_of(configs: Sequence[Any]) -> list[Entry]:
+    """The entries of configs, in rising priority; among equals the order is kept."""
+    ranked = sorted(configs, key=lambda c: c.priority)
+    found: list[Entry] = []
+    for i, config in enumerate(ranked):
+        if i and ranked[i - 1].priority < config.priority:
+            found.append(Entry(Where(), None, PRIORITY))
+        found += _entries(config)
+    return found
 
 
-def config_for(config: Any, path: str, kind: str, info: OperatorInfo | None = None) -> Any:
-    """The config that the module at `path` gets; None if none speaks of it (it is outside of the white list)."""
+def _entries(config: Any) -> list[Entry]:
+    plain = config.global_config
     everything = config.white_list == DEFAULT_WHITE_LIST
-    found: list[tuple[float, int, Any]] = []
-    settings: list[tuple[Any, Any]] = [] if everything else [(key, config.global_config) for key in config.white_list]
-    settings += list(config.local_config.items())
-    for i, (key, inner) in enumerate(settings):
-        if (rank := rank_of(key, path, kind, info)) is not None:
-            found.append((rank, i, inner))
-    found += [(1.5, i, inner) for i, (name, inner) in enumerate(config.implied()) if re.match(name, path)]
-    if everything:
-        found.append((0, -1, config.global_config))
-    return max(found, key=lambda entry: entry[:2])[2] if found else None
+    found = [Entry(Where(), plain) if everything else Entry(Where(), None, WHITE_LIST)]
+    found += [Entry(Where("implied", name), inner, f"{config.name} by default") for name, inner in config.implied()]
+    if not everything:
+        found += [Entry(where_of(key), plain, ENTRY + shown(key), key) for key in config.white_list]
+    return found + [Entry(where_of(k), c, f"set_local({shown(k)})", k) for k, c in config.local_config.items()]
+
+
+class ModuleType(str):
+    """The class name of a module, as `get_model_info` gives it, which also knows what its module is."""
+
+    info: OperatorInfo
+    types: frozenset[str]
+
+
+def type_of(path: str, module: nn.Module) -> ModuleType:
+    """The class name of the module at `path`."""
+    found = ModuleType(type(module).__name__)
+    found.info, found.types = info_of(path, module), types_of_module(type(module))
+    return found
+
+
+def info_of(path: str, module: nn.Module) -> OperatorInfo:
+    """What predicates are asked about."""
+    weight = module._parameters.get("weight")
+    pattern, kind = pattern_of_module(type(module)), type(module).__name__
+    return OperatorInfo(path, pattern.name if pattern else kind, kind, None if weight is None else tuple(weight.shape))
+
+
+def settled(
+    configs: Sequence[Any], model_info: Sequence[tuple[str, str]], infos: Mapping[str, OperatorInfo] | None = None
+) -> OrderedDict[tuple[str, str], Entry]:
+    """(path, class name) -> the entry that counts, for each module that a config speaks of. See `config_mapping`."""
+    known = {path: (infos or {}).get(path) or _known(path, kind) for path, kind in model_info}
+    entries = [
+        replace(e, where=replace(e.where, members=tuple(path for path, info in known.items() if asked(e.key, info))))
+        if e.where.kind == "predicate"
+        else e
+        for e in entries_of(configs)
+    ]
+    found: OrderedDict[tuple[str, str], Entry] = OrderedDict()
+    for path, kind in model_info:
+        types = kind.types if isinstance(kind, ModuleType) else types_of_module(kind)
+        index = decide(entries, Named(path, path, types, True))
+        if index is not None and entries[index].config is not None:
+            found[path, kind] = entries[index]
+    return found
+
+
+def _known(path: str, kind: str) -> OperatorInfo:
+    return kind.info if isinstance(kind, ModuleType) else OperatorInfo(path, kind, kind)
 
 
 def config_mapping(
-    configs: Sequence[Any],
-    model_info: Sequence[tuple[str, str]],
-    infos: Mapping[str, OperatorInfo] | None = None,
+    configs: Sequence[Any], model_info: Sequence[tuple[str, str]], infos: Mapping[str, OperatorInfo] | None = None
 ) -> OrderedDict[tuple[str, str], Any]:
     """(path, class name) -> config, for each module that a config speaks of.
 
     Args:
-        configs: Later ones win, unless a lower priority or a float setting stands against an earlier one.
-        model_info: (path, class name) of each module.
-        infos: Path -> what predicates are asked about.
+        configs: See `inc_graph.recipe.decide` for which of them wins.
+        model_info: (path, class name) of each module. Of pairs from `get_model_info` the module is known besides: base
+            classes, functions and predicates mean what they mean when the model is prepared.
+        infos: Path -> what predicates are asked about, if not that.
     """
-    mapping: OrderedDict[tuple[str, str], Any] = OrderedDict()
-    for path, kind in model_info:
-        info = (infos or {}).get(path)
-        claims = [(c, found) for c in configs if (found := config_for(c, path, kind, info)) is not None]
-        if claims:
-            mapping[path, kind] = winner(claims)
-    return mapping
-
-
-def winner(claims: Sequence[tuple[Any, Any]]) -> Any:
-    """Of the pairs (config, what it says of a module) what counts: what quantizes, then priority, then the later."""
-    quantizing = [(c, found) for c, found in claims if not found.leaves_float()]
-    return sorted(quantizing or claims, key=lambda claim: claim[0].priority)[-1][1]  # stable: the later one wins
+    return OrderedDict((pair, entry.config) for pair, entry in settled(configs, model_info, infos).items())

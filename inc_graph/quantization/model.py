@@ -13,6 +13,7 @@ from torch import fx, nn
 from inc_graph.capture import own_mutated
 from inc_graph.errors import IncError
 from inc_graph.graph import clone
+from inc_graph.quantization.decisions import Decisions, decisions_of
 from inc_graph.quantization.pickling import NotPickled
 from inc_graph.quantization.saved import destination, save_graph
 from inc_graph.report import Report
@@ -48,6 +49,8 @@ class QuantizedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.report = report
+        if "recipe" in qdq.meta.get("inc", {}):
+            report.recipe = decisions_of(qdq)
         self.backend = report.backend
         self._packed = packed
         for name in packed:
@@ -71,6 +74,12 @@ class QuantizedModel(nn.Module):
             gm.register_buffer(name, codes())
         gm.recompile()
         return gm
+
+    @property
+    def recipe(self) -> Decisions:
+        """For every operator which rule of the config gave it which method; print it."""
+        found: Decisions = self.report.recipe
+        return found
 
     def parts(self) -> tuple[fx.GraphModule, dict[str, Callable[[], torch.Tensor]]]:
         """(Q-DQ graph, {attribute: function that gives its codes}): what is packed is a placeholder in the graph."""

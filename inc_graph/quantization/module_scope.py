@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from inc_graph.batches import no_batches, one_batch_a_call
 from inc_graph.errors import CaptureError, ConfigError, IncWarning, UnusedRuleWarning
-from inc_graph.oppattern import pattern_of
+from inc_graph.oppattern import Named, pattern_of, types_of_module
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.finish import finish, no_data, observers_of
 from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, put
@@ -25,7 +25,7 @@ from inc_graph.quantization.leaf import Captures, Leaf, form_of, is_layer, unfit
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
-from inc_graph.recipe import Recipe, WhereRule, set_recipe
+from inc_graph.recipe import Recipe, WhereRule, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 from inc_graph.utils.progress import progress
 
@@ -104,6 +104,12 @@ def _plan(model: nn.Module, facts: _Facts) -> list[tuple[list[str], Leaf | None]
         if rule.where.kind != "all" and i not in matched:
             message = f"{rule.origin or rule.where} matched no operator of the model"
             warnings.warn(message, UnusedRuleWarning, stacklevel=5)
+    operators = [Named(p, p, types_of_module(type(m)), True) for m, names in paths.items() for p in names]
+    dead, twice = in_vain(facts.recipe.rules, operators)
+    for text in dead:
+        warnings.warn(text, UnusedRuleWarning, stacklevel=5)
+    for text in twice:
+        warnings.warn(text, IncWarning, stacklevel=5)
     warn_prefixes(facts.recipe, [p for names in paths.values() for p in names], stacklevel=6)
     return plan
 
@@ -200,6 +206,8 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
             new[leaf] = leaf.converted(part)
             report.backend = part.report.backend
             report.kernels += part.report.kernels
+            lines = part.report.recipe
+            report.recipe = lines if report.recipe is None else report.recipe + lines
             report.reference += part.report.reference
             for name, seconds in part.report.timings:
                 timings[name] += seconds  # type: ignore[assignment]

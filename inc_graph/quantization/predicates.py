@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from inc_graph.errors import ConfigError
 from inc_graph.graph import module_type, val
 from inc_graph.oppattern import OperatorInfo, argument, pattern_of
 from inc_graph.quantization.leaf import is_layer
+from inc_graph.quantization.mapping import info_of
+from inc_graph.quantization.where import asked
 from inc_graph.recipe import Recipe, operator_name
-from inc_graph.registry import PATTERNS
 
 __all__ = ["bind_predicates", "layers_of", "operators_of"]
 
@@ -34,15 +34,7 @@ def operators_of(gm: fx.GraphModule) -> list[OperatorInfo]:
 
 def layers_of(model: nn.Module) -> list[OperatorInfo]:
     """Every layer of a module that is quantized layer by layer."""
-    found = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not is_layer(module):
-            continue
-        weight = module._parameters.get("weight")
-        sizes = None if weight is None else tuple(weight.shape)
-        op = next((name for name, p in PATTERNS.items() if type(module) in p.modules), type(module).__name__)
-        found.append(OperatorInfo(path, op, type(module).__name__, sizes))
-    return found
+    return [info_of(path, m) for path, m in model.named_modules(remove_duplicate=False) if is_layer(m)]
 
 
 def bind_predicates(recipe: Recipe, predicates: Mapping[int, Any], operators: Iterable[OperatorInfo]) -> Recipe:
@@ -58,18 +50,9 @@ def bind_predicates(recipe: Recipe, predicates: Mapping[int, Any], operators: It
     """
     if not predicates:
         return recipe
-    asked = list(operators)
+    known = list(operators)
     rules = list(recipe.rules)
     for index, predicate in predicates.items():
-        members = tuple(dict.fromkeys(o.name for o in asked if _ask(predicate, o)))
+        members = tuple(dict.fromkeys(o.name for o in known if asked(predicate, o)))
         rules[index] = replace(rules[index], where=replace(rules[index].where, members=members))
     return replace(recipe, rules=tuple(rules))
-
-
-def _ask(predicate: Any, operator: OperatorInfo) -> bool:
-    try:
-        return bool(predicate(operator))
-    except Exception as e:
-        name = getattr(predicate, "__name__", repr(predicate))
-        hint = "a predicate takes one OperatorInfo: name, op, module_type, weight_shape"
-        raise ConfigError(f"predicate {name} fails for {operator}: {type(e).__name__}: {e}", hint=hint) from e

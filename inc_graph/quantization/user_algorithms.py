@@ -20,14 +20,13 @@ from torch import fx, nn
 from inc_graph.algorithms.entries import OFFERS_LOAD, algos_mapping
 from inc_graph.common.mode import Mode
 from inc_graph.errors import CaptureError, ConfigError, IncError, UnusedRuleWarning
-from inc_graph.oppattern import OperatorInfo
+from inc_graph.oppattern import Named, OperatorInfo, types_of_module
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.composable import ComposableConfig, as_config
 from inc_graph.quantization.layers import keep_report, report_of
-from inc_graph.quantization.mapping import config_mapping, rank_of, winner
+from inc_graph.quantization.mapping import Entry, ModuleType, entries_of, settled, type_of
 from inc_graph.quantization.names import warn_prefixes
-from inc_graph.quantization.predicates import layers_of
-from inc_graph.quantization.where import shown
+from inc_graph.quantization.where import asked
 from inc_graph.recipe import Recipe
 from inc_graph.report import Report, attribute_bytes
 
@@ -131,30 +130,48 @@ def _own_names(config: BaseConfig) -> list[str]:
 
 
 def _mapping(parts: Sequence[BaseConfig], model: nn.Module) -> dict[_Pair, BaseConfig]:
-    """(path, class name) -> config, in the order of the model. A config speaks of the modules its method is for."""
-    infos = {o.name: o for o in layers_of(model)}
-    for path, module in model.named_modules():
-        sizes = getattr(getattr(module, "weight", None), "shape", None)
-        shape = None if sizes is None else tuple(sizes)
-        infos.setdefault(path, OperatorInfo(path, type(module).__name__, type(module).__name__, shape))
-    claims: dict[_Pair, list[tuple[BaseConfig, BaseConfig]]] = {}
+    """(path, class name) -> config, in the order of the model. A config speaks of the modules its method is for.
+
+    A module with several names has one entry: under the first name that a setting gives, or else under its first one.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    speaking: dict[_Pair, list[BaseConfig]] = {}
     for part in parts:
-        pairs = part.get_model_info(model)
-        _report_keys(part, pairs, infos)
-        for key, config in config_mapping([part], pairs, infos).items():
-            claims.setdefault(key, []).append((part, config))
-    order = {path: i for i, path in enumerate(infos)}
-    return {key: winner(claims[key]) for key in sorted(claims, key=lambda key: order.get(key[0], len(order)))}
+        given = part.get_model_info(model)
+        meant = {id(modules[path]) if path in modules else path for path, _ in given}
+        pairs: list[_Pair] = [(path, type_of(path, m)) for path, m in modules.items() if id(m) in meant]
+        pairs += [pair for pair in given if pair[0] not in modules]
+        _report_keys(part, pairs)
+        for pair in pairs:
+            speaking.setdefault(pair, []).append(part)
+    found: dict[Any, tuple[bool, _Pair, Entry]] = {}
+    groups: dict[tuple[int, ...], list[_Pair]] = {}
+    for pair, configs in speaking.items():
+        groups.setdefault(tuple(map(id, configs)), []).append(pair)
+    order = {path: i for i, path in enumerate(modules)}
+    entries = [item for pairs in groups.values() for item in settled(speaking[pairs[0]], pairs).items()]
+    for pair, entry in sorted(entries, key=lambda item: order.get(item[0][0], len(order))):
+        module, by_name = modules.get(pair[0], pair), entry.where.kind == "name"
+        if id(module) not in found or by_name > found[id(module)][0]:
+            found[id(module)] = (by_name, pair, entry)
+    return {pair: entry.config for _, pair, entry in found.values()}
 
 
-def _report_keys(config: BaseConfig, pairs: Sequence[_Pair], infos: Mapping[str, OperatorInfo]) -> None:
+def _report_keys(config: BaseConfig, pairs: Sequence[_Pair]) -> None:
     """Warn of settings that fit no module, or more than they seem to."""
     rules = config.rules()  # refuses lists of candidates, and local settings of methods that are not there
-    white = [] if config.white_list == "*" else [(key, f"white_list entry {shown(key)}") for key in config.white_list]
-    for key, origin in [*white, *((key, f"set_local({shown(key)})") for key in config.local_config)]:
-        if all(rank_of(key, *pair, infos.get(pair[0])) is None for pair in pairs):
-            warnings.warn(f"{origin} matched no module that is for {config.name}", UnusedRuleWarning, stacklevel=6)
+    for entry in entries_of([config]):
+        if entry.key is not None and not any(_fits(entry, *pair) for pair in pairs):
+            text = f"{entry.origin} matched no module that is for {config.name}"
+            warnings.warn(text, UnusedRuleWarning, stacklevel=6)
     warn_prefixes(Recipe(config.name, rules, "", ""), [path for path, _ in pairs], stacklevel=7)
+
+
+def _fits(entry: Entry, path: str, kind: str) -> bool:
+    if entry.where.kind == "predicate":
+        return asked(entry.key, kind.info if isinstance(kind, ModuleType) else OperatorInfo(path, kind, kind))
+    types = kind.types if isinstance(kind, ModuleType) else types_of_module(kind)
+    return entry.where.fit(Named(path, path, types, True)) is not None
 
 
 def by_algorithm(mapping: Mapping[_Pair, BaseConfig]) -> dict[str, BaseConfig]:
@@ -189,13 +206,26 @@ def run_entries(model: nn.Module, plan: Plan, mode: Mode, **arguments: Any) -> n
 
 def _call(entry: Any, name: str, model: nn.Module, plan: Plan, mode: Mode, arguments: Mapping[str, Any]) -> nn.Module:
     in_eval = not any(m.training for m in model.modules())
+    before = dict(model.named_modules(remove_duplicate=False))
     result = entry(model, dict(plan.mapping), mode=mode, example_inputs=plan.example_inputs, **arguments)
     if not isinstance(result, nn.Module):
         text = f"the entry of {name!r} gave {type(result).__name__} for {mode}, not a model"
         raise IncError(text, hint="return the model, also one that was changed in place")
+    for path, old in before.items():  # the other names of a module that the entry has replaced
+        names = [n for n, m in before.items() if m is old]
+        first = next((n for n in names if (n, type(old).__name__) in plan.mapping), path)
+        if path != first and first and _at(result, path) is old and (new := _at(result, first)) not in (old, None):
+            result.set_submodule(path, new)
     for module in result.modules() if in_eval else ():
         module.training = False  # also what the entry has put in
     return result
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def remember(model: nn.Module, plan: Plan) -> nn.Module:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from inc_graph.errors import ConfigError
+from inc_graph.oppattern import OperatorInfo
 from inc_graph.recipe import Where, names_of_type
 from inc_graph.registry import PATTERNS
 
-__all__ = ["check_key", "is_predicate", "key_from_text", "key_to_text", "shown", "where_of"]
+__all__ = ["asked", "check_key", "is_predicate", "key_from_text", "key_to_text", "shown", "where_of"]
 
 _FORMS = ("type:", "function:", "predicate:", "name:")
 _HOMES = ("torch", "torch.nn.functional", "torch.Tensor", "torch.special", "torch.linalg", "operator")
@@ -37,6 +38,11 @@ def where_of(key: Any) -> Where:
         return Where("name", key)
     if isinstance(key, type) and issubclass(key, torch.nn.Module):
         return Where("type", names_of_type(key)[1])
+    if isinstance(key, torch._ops.OpOverloadPacket):  # all overloads of an operator
+        return Where("type", key._qualified_op_name)
+    if isinstance(key, torch.nn.Module):
+        hint = "give the name it has in the model, or its class"
+        raise ConfigError(f"a setting cannot speak of a module object ({type(key).__name__})", hint=hint)
     if callable(key) and not isinstance(key, type):
         if is_predicate(key):
             return Where("predicate", shown(key))
@@ -56,11 +62,23 @@ def is_predicate(key: Any) -> bool:
     return home.partition(".")[0] not in ("torch", "_operator", "operator", "math")
 
 
+def asked(predicate: Any, operator: OperatorInfo) -> bool:
+    """What a predicate says of an operator. ConfigError, which names both, if it fails."""
+    try:
+        return bool(predicate(operator))
+    except Exception as e:
+        name = getattr(predicate, "__name__", repr(predicate))
+        hint = "a predicate takes one OperatorInfo: name, op, module_type, weight_shape"
+        if operator.weight_shape is None:
+            hint += "; weight_shape is None of an operator without a weight, so ask for `op` or for that first"
+        raise ConfigError(f"predicate {name} fails for {operator}: {type(e).__name__}: {e}", hint=hint) from e
+
+
 def shown(key: Any) -> str:
     """A key as messages give it."""
     if isinstance(key, str):
         return repr(key)
-    if isinstance(key, torch._ops.OpOverload):
+    if isinstance(key, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(key)
     return getattr(key, "__name__", None) or repr(key)
 
@@ -76,6 +94,8 @@ def key_to_text(key: Any) -> str:
         return f"name:{key}" if key.startswith(_FORMS) else key
     if isinstance(key, torch._ops.OpOverload):
         return f"function:torch.ops.{key.namespace}.{key.__name__}"
+    if isinstance(key, torch._ops.OpOverloadPacket):
+        return f"function:torch.ops.{key._qualified_op_name.replace('::', '.')}"
     if isinstance(key, type):
         return f"type:{_named(key, f'{key.__module__}.{key.__qualname__}')}"
     if is_predicate(key):
