@@ -161,7 +161,10 @@ def test_a_config_set_in_itself_ends() -> None:
     config.set_local("body", config)
     assert config.local_config["body"] is not config and not config.local_config["body"].local_config
     assert config.local_config["body"].w_dtype == "fp32"
-    outer = StaticQuantConfig().set_local("a", config)
+    with pytest.raises(ConfigError, match="has local settings of its own"):
+        StaticQuantConfig().set_local("a", config)
+    outer, inner = StaticQuantConfig(), StaticQuantConfig()
+    outer.set_local("a", inner)
     with pytest.raises(ConfigError, match="set in itself"):
-        config.set_local("b", outer)
-    assert set(config.local_config) == {"body"}
+        inner.set_local("b", outer)
+    assert set(config.local_config) == {"body"} and not inner.local_config

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from torch import nn
 
 from inc_graph.algorithms.entries import algos_mapping
-from inc_graph.errors import ConfigError, IncError
-from inc_graph.quantization.fields import DEFAULT_WHITE_LIST, Field
-from inc_graph.quantization.mapping import config_mapping
+from inc_graph.errors import ConfigError, IncError, IncWarning
+from inc_graph.quantization.fields import DEFAULT_WHITE_LIST, Field, unboxed, unshared
+from inc_graph.quantization.mapping import config_mapping, entries_of, type_of
 from inc_graph.quantization.own_fields import fields_of
-from inc_graph.quantization.where import check_key, key_from_text, key_to_text, shown, where_of
-from inc_graph.recipe import OpQuant, Recipe, Where, WhereRule
+from inc_graph.quantization.where import check_key, key_from_text, key_to_text, shown
+from inc_graph.recipe import OpQuant, Recipe, WhereRule
 from inc_graph.registry import CONFIGS
 
 __all__ = ["DEFAULT_WHITE_LIST", "BaseConfig", "OperatorConfig", "register_config"]
@@ -76,6 +77,7 @@ class BaseConfig:
     needs_calibration: ClassVar[bool] = True
     _composition: ClassVar[Any] = None  # ComposableConfig, which is a config itself
     _mark: ClassVar[dict[str, Any]] = {"_is_initialized": True}
+    _is_initialized: bool = False
 
     if TYPE_CHECKING:  # the fields are in a table
 
@@ -117,6 +119,7 @@ class BaseConfig:
             value = values.get(key, spec.default)
             setattr(self, key, copy.deepcopy(value) if spec.stored else value)
         self._settle()
+        self._is_initialized = True
 
     def _settle(self) -> None:
         """Fields that depend on others, once all are set; and what no two fields may be together."""
@@ -129,14 +132,15 @@ class BaseConfig:
             value = _white_list(value)
         elif key in self.fields:
             spec = self.fields[key]
+            value = unboxed(value) if spec.stored else value
             if spec.candidates(value):
-                value = [spec.convert(v) for v in value]
+                value = [spec.kept(v) for v in value]
             elif (expected := spec.check(value)) is not None:
                 near = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", expected), 1, 0.5)
                 message = f"{type(self).__name__}.{key} must be {expected}, not {value!r}"
                 raise ConfigError(message, hint=f"did you mean {near[0]!r}?" if near else None)
             else:
-                value = spec.convert(value)
+                value = spec.kept(value)
         elif not key.startswith("_") and not isinstance(getattr(type(self), key, None), property):
             self._unknown(key)
         super().__setattr__(key, value)
@@ -162,19 +166,24 @@ class BaseConfig:
         predicate, a class or function, the config itself; among equals the one said last.
 
         Raises:
-            ConfigError: if `config` is not a config, or an entry is none of these.
+            ConfigError: if `config` is not a config, is a composition, or has local settings or a white list of its
+                own, or an entry is none of these.
         """
         if not isinstance(config, BaseConfig):
             raise ConfigError(f"set_local needs a config, not {config!r}", hint=f"for example {type(self).__name__}()")
+        if isinstance(config, self._composition):
+            hint = "one config says what becomes of an operator; add the others with a white_list of their own"
+            raise ConfigError("set_local takes one config, not a composition", hint=hint)
         several = isinstance(operator_name_or_list, list | tuple | set)
         items = operator_name_or_list if several else [operator_name_or_list]
         for item in items:
             check_key(item)
         if config is self:  # what it says of all operators, for these
-            config = copy.copy(self)
-            config._local = {}
+            config = self.global_config
         elif config.reaches(self):
             raise ConfigError("set_local: the config is set in itself", hint="give a config of its own")
+        for item in items:
+            _check_inner(item, config)
         for item in items:
             self._local.pop(item, None)  # the last said goes to the end
             self._local[item] = config
@@ -191,15 +200,22 @@ class BaseConfig:
 
     @property
     def global_config(self: C) -> C:
-        """The same config without local settings."""
+        """What it says of all operators: the fields, without local settings and white list."""
         new = copy.copy(self)
         new._local = {}
+        new.white_list = DEFAULT_WHITE_LIST
+        return new
+
+    def __copy__(self: C) -> C:
+        """Values and lists of its own; the configs of the local settings are the same."""
+        new = object.__new__(type(self))
+        vars(new).update({key: unshared(value) for key, value in vars(self).items()})
         return new
 
     # -------------------------------------------------------------------------------------------------------- as values
     def get_params_dict(self) -> dict[str, Any]:
         """Field -> value."""
-        return {key: getattr(self, key) for key in self.params_list}
+        return {key: unshared(getattr(self, key)) for key in self.params_list}
 
     def _own_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {"non_tunable_params": list(self.non_tunable_params)}
@@ -207,6 +223,9 @@ class BaseConfig:
             spec, value = self.fields[key], getattr(self, key)
             if spec.stored and not (spec.ours and value == spec.default):
                 found[key] = copy.deepcopy(value)
+            if not spec.stored and value is not spec.default:
+                text = f"{type(self).__name__}.{key} is left out: a file cannot hold it"
+                warnings.warn(text, IncWarning, stacklevel=3)
         if self.white_list != DEFAULT_WHITE_LIST:
             found["white_list"] = [key_to_text(key) for key in self.white_list]
         return {**found, **self._mark}
@@ -217,13 +236,17 @@ class BaseConfig:
         Raises:
             ConfigError: for a predicate that cannot be written down (a lambda).
         """
+        return self._as_dict(BaseConfig._own_dict)
+
+    def _as_dict(self, own: Callable[[BaseConfig], dict[str, Any]]) -> dict[str, Any]:
+        """`to_dict`, with the values of each config from `own`."""
         if not self._local:
-            return self._own_dict()
+            return own(self)
         local: dict[str, Any] = {}
         for key, config in self._local.items():
-            inner = config.to_dict()
+            inner = config._as_dict(own)
             local[key_to_text(key)] = inner if type(config) is type(self) else {config.name: inner}
-        return {"global": self._own_dict(), "local": local}
+        return {"global": own(self), "local": local}
 
     @classmethod
     def from_dict(cls: type[C], config_dict: Mapping[str, Any]) -> C:
@@ -239,7 +262,11 @@ class BaseConfig:
         if extra := sorted(set(map(str, config_dict)) - {"global", "local"}):
             raise ConfigError(f"{cls.__name__}: {', '.join(extra)} beside 'global' and 'local'")
         config = cls._from_own(config_dict.get("global") or {})
-        for key, inner in (config_dict.get("local") or {}).items():
+        local = config_dict.get("local") or {}
+        if not isinstance(local, Mapping) or not all(isinstance(key, str) for key in local):
+            hint = '{"local": {"fc1": {field: value}}}'
+            raise ConfigError(f"{cls.__name__}: 'local' must give a config for each name, not {local!r}", hint=hint)
+        for key, inner in local.items():
             config.set_local(key_from_text(key), cls._from_local(inner))
         return config
 
@@ -247,6 +274,8 @@ class BaseConfig:
     def _from_own(cls: type[C], values: Mapping[str, Any]) -> C:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__} is read from a dictionary, not from {values!r}")
+        if wrong := [key for key in values if not isinstance(key, str)]:
+            raise ConfigError(f"{cls.__name__}: fields have names, not {wrong[0]!r}")
         found = {k: v for k, v in values.items() if k not in _OF_UPSTREAM}
         if isinstance(found.get("white_list"), list):
             found["white_list"] = [key_from_text(k) if isinstance(k, str) else k for k in found["white_list"]]
@@ -280,31 +309,40 @@ class BaseConfig:
         return type(config)._default(param)
 
     def to_json_string(self, use_diff: bool = False) -> str:
-        """JSON text; with `use_diff` only the fields that differ from their defaults."""
-        data = self.to_diff_dict(self) if use_diff else self.to_dict()
+        """JSON text; with `use_diff` of the fields only those that differ from their defaults."""
+        data = self._as_dict(_diff) if use_diff else self.to_dict()
         try:
             return json.dumps(data, indent=2) + "\n"
         except TypeError as e:
             raise ConfigError(f"{type(self).__name__} holds what JSON cannot say: {e}") from e
 
     def to_json_file(self, filename: str | os.PathLike[str]) -> None:
-        """Write `to_json_string()` to a file, whole or not at all."""
+        """Write `to_json_string()` to a file, whole or not at all.
+
+        Raises:
+            ConfigError: the file cannot be written, for example because its folder is not there.
+        """
         text, path = self.to_json_string(), Path(filename)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+            part = path.with_name(f".{path.name}.{os.getpid()}.part")
+            try:
+                part.write_text(text, encoding="utf-8")
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        except (OSError, ValueError) as e:  # ValueError: a path without a name
+            hint = f"make the folder {path.parent}" if isinstance(e, FileNotFoundError) else None
+            raise ConfigError(f"{filename} cannot be written: {e}", hint=hint) from e
 
     @classmethod
     def from_json_string(cls: type[C], text: str) -> C:
         """Inverse of `to_json_string`. ConfigError if the text is not JSON, or not of this class."""
         try:
-            data = json.loads(text)
+            return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as e:
             raise ConfigError(f"{cls.__name__}: not JSON: {e}") from e
-        return cls.from_dict(data)
+        except RecursionError as e:
+            raise ConfigError(f"{cls.__name__}: the JSON text is nested too deeply") from e
 
     @classmethod
     def from_json_file(cls: type[C], filename: str | os.PathLike[str]) -> C:
@@ -339,6 +377,22 @@ class BaseConfig:
             return NotImplemented
         return self._composition([self, other])
 
+    # ----------------------------------------------------------- called by classes written for neural_compressor
+    @staticmethod
+    def _is_op_type(name: Any) -> bool:
+        """Whether a local setting speaks of a class or function, not of a name."""
+        return not isinstance(name, str)
+
+    @staticmethod
+    def _op_type_to_str(op_type: Callable[..., Any]) -> str:
+        """The name of a class or function."""
+        return shown(op_type)
+
+    def _get_op_name_op_type_config(self) -> tuple[dict[str, BaseConfig], dict[str, BaseConfig]]:
+        """The local settings by the name of a class or function, and those by the name of a module."""
+        of_types = {self._op_type_to_str(key): c for key, c in self._local.items() if self._is_op_type(key)}
+        return of_types, {key: c for key, c in self._local.items() if not self._is_op_type(key)}
+
     # ---------------------------------------------------------------------------------------------------------- tuning
     def is_set(self) -> bool:
         """Whether a field, here or in a local setting, holds candidates."""
@@ -346,14 +400,20 @@ class BaseConfig:
         return own or any(c.is_set() for c in self._local.values())
 
     def expand(self: C) -> list[C]:
-        """One config for each combination of candidates, the last field changing fastest; one if there are none."""
+        """One config for each combination of candidates; one if there are none.
+
+        The last field changes faster than those before it, and the local settings, in the order said, faster still. A
+        config that is set for several operators is one choice for all of them.
+        """
         chosen = {k: v for k, v in self.get_params_dict().items() if self.fields[k].candidates(v)}
+        inner = {id(c): c.expand() for c in self._local.values()}
         found = []
-        for values in itertools.product(*chosen.values()):
+        for values in itertools.product(*chosen.values(), *inner.values()):
             new = copy.copy(self)
-            new._local = dict(self._local)
-            for key, value in zip(chosen, values, strict=True):
+            for key, value in zip(chosen, values, strict=False):
                 setattr(new, key, copy.deepcopy(value))
+            made = dict(zip(inner, map(copy.copy, values[len(chosen) :]), strict=True))
+            new._local = {key: made[id(c)] for key, c in self._local.items()}
             new._settle()
             found.append(new)
         return found
@@ -386,12 +446,12 @@ class BaseConfig:
 
     @classmethod
     def get_model_info(cls, model: nn.Module, example_inputs: Any = None) -> list[tuple[str, str]]:
-        """(path, class name) of each module of the model that the algorithm is for."""
+        """(path, class name) of each module of the model that the algorithm is for; a shared one under each name."""
         kinds = tuple(t for t in cls.operators if isinstance(t, type))
         names = {t for t in cls.operators if isinstance(t, str)}
         return [
-            (name, type(m).__name__)
-            for name, m in model.named_modules()
+            (name, type_of(name, m))
+            for name, m in model.named_modules(remove_duplicate=False)
             if isinstance(m, kinds) or type(m).__name__ in names
         ]
 
@@ -411,13 +471,17 @@ class BaseConfig:
         """Whether the fields say that operators stay float."""
         return False
 
+    def _leaves_all_float(self) -> bool:
+        """Whether it leaves every operator float that it speaks of, in local settings too."""
+        return self.leaves_float() and all(c._leaves_all_float() for c in self._local.values())
+
     def op_quant(self) -> OpQuant | None:
         """What these fields mean for one operator; None: float, or left to the entry of an own method.
 
         Raises:
             NotImplementedError: if this version does not have the algorithm.
         """
-        if self.name in algos_mapping:
+        if self.leaves_float() or self.name in algos_mapping:
             return None
         raise self._missing()
 
@@ -443,30 +507,39 @@ class BaseConfig:
         if self.is_set():
             hint = "try them with autotune, or take one of config.expand()"
             raise ConfigError(f"{self!r} holds lists of candidates", hint=hint)
-        everything = self.white_list == DEFAULT_WHITE_LIST
-        mine = self.op_quant()
-        found = [WhereRule(Where(), mine if everything else None, "" if everything else "white_list")]
-        found += [WhereRule(Where("implied", k), c.op_quant(), f"{self.name} by default") for k, c in self.implied()]
-        if not everything:
-            found += [WhereRule(where_of(w), mine, f"white_list entry {shown(w)}") for w in self.white_list]
-        found += [WhereRule(where_of(k), c.op_quant(), f"set_local({shown(k)})") for k, c in self._local.items()]
-        return tuple(found)
+        for member in self._members():
+            for key, config in member._local.items():
+                _check_inner(key, config)  # once more: it may have got some since it was set
+        entries = entries_of(self._members())
+        return tuple(WhereRule(e.where, None if e.floats else e.config.op_quant(), e.origin) for e in entries)
 
     def predicates(self) -> dict[int, Callable[[Any], Any]]:
         """Index in `rules()` -> predicate of that rule."""
-        keys = [
-            None,
-            *(None for _ in self.implied()),
-            *(() if self.white_list == "*" else self.white_list),
-            *self._local,
-        ]
-        return {i: key for i, key in enumerate(keys) if key is not None and where_of(key).kind == "predicate"}
+        return {i: e.key for i, e in enumerate(entries_of(self._members())) if e.where.kind == "predicate"}
+
+    def _members(self) -> Sequence[BaseConfig]:
+        return [self]
+
+
+def _check_inner(key: Any, config: BaseConfig) -> None:
+    """ConfigError if a config for local use has local settings or a white list: nobody would look at them."""
+    if config._local or config.white_list != DEFAULT_WHITE_LIST:
+        what = "local settings" if config._local else "a white list"
+        hint = "give these names to set_local of the outer config; its rules apply to the whole model"
+        raise ConfigError(f"the config in set_local({shown(key)}) has {what} of its own", hint=hint)
+
+
+def _diff(config: BaseConfig) -> dict[str, Any]:
+    found = config.to_diff_dict(config)
+    if config.white_list != DEFAULT_WHITE_LIST:
+        found["white_list"] = [key_to_text(key) for key in config.white_list]
+    return found
 
 
 def _white_list(value: Any) -> Any:
     if value is None or (isinstance(value, str) and value == DEFAULT_WHITE_LIST):
         return DEFAULT_WHITE_LIST
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise ConfigError(f"white_list must be '*' or a list of names and types, not {value!r}")
     value = list(value)
     for item in value:

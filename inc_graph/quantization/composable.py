@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 from inc_graph.errors import ConfigError
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.fields import Field
-from inc_graph.recipe import Recipe, WhereRule
+from inc_graph.recipe import Recipe
 from inc_graph.registry import CONFIGS
 
 __all__ = ["ComposableConfig", "as_config"]
@@ -41,12 +42,18 @@ class ComposableConfig(BaseConfig):
     name: ClassVar[str] = "composable_config"
     fields: ClassVar[dict[str, Field]] = {}
 
-    def __init__(self, configs: Sequence[BaseConfig]) -> None:
-        if isinstance(configs, BaseConfig) or not all(isinstance(c, BaseConfig) for c in configs):
-            raise ConfigError(f"ComposableConfig needs a list of configs, not {configs!r}")
+    def __init__(self, configs: Iterable[BaseConfig]) -> None:
+        given, configs = configs, list(configs) if isinstance(configs, Iterable) else []
+        if not isinstance(given, Iterable) or not all(isinstance(c, BaseConfig) for c in configs):
+            raise ConfigError(f"ComposableConfig needs a list of configs, not {given!r}")
         flat = [inner for c in configs for inner in (c.config_list if isinstance(c, ComposableConfig) else [c])]
         super().__init__()
         self._configs = flat
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "white_list" and value is not None and not (isinstance(value, str) and value == "*"):
+            raise ConfigError("white_list of a composition", hint="give it to one of the configs")
+        super().__setattr__(key, value)
 
     @property
     def config_list(self) -> list[BaseConfig]:
@@ -62,11 +69,14 @@ class ComposableConfig(BaseConfig):
             return NotImplemented
         return ComposableConfig([self, other])
 
-    def to_dict(self) -> dict[str, Any]:
+    def reaches(self, other: BaseConfig) -> bool:
+        return self is other or any(c.reaches(other) for c in self._configs)
+
+    def _as_dict(self, own: Callable[[BaseConfig], dict[str, Any]]) -> dict[str, Any]:
         """{algorithm: dictionary of its config}; a list of them where an algorithm occurs more than once."""
         found: dict[str, Any] = {}
         for config in self._configs:
-            found.setdefault(config.name, []).append(config.to_dict())
+            found.setdefault(config.name, []).append(config._as_dict(own))
         return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
     @classmethod
@@ -92,8 +102,11 @@ class ComposableConfig(BaseConfig):
         return any(c.is_set() for c in self._configs)
 
     def expand(self) -> list[Any]:
-        """The expansions of each config, one config after the other."""
-        return [new for config in self._configs for new in config.expand()]
+        """A composition for each choice of one expansion of every config, the last config's changing fastest."""
+        if not self._configs:
+            return []
+        choices = itertools.product(*(c.expand() for c in self._configs))
+        return [type(self)([copy.copy(c) for c in parts]) for parts in choices]
 
     def leaves_float(self) -> bool:
         return all(c.leaves_float() for c in self._configs)
@@ -140,27 +153,15 @@ class ComposableConfig(BaseConfig):
         """
         if not self._configs:
             raise ConfigError("an empty composition says nothing", hint="add a config to it")
-        recipes = [c.recipe(backend, supported) for c in self._ranked()]
+        ranked = self._ranked()
+        recipes = [c.recipe(backend, supported) for c in [c for c in ranked if not c._leaves_all_float()] or ranked]
         if len({(r.prepare, r.convert) for r in recipes}) > 1:
             methods = ", ".join(dict.fromkeys(r.method for r in recipes))
             raise NotImplementedError(f"this version does not do {methods} in one model")
         return replace(recipes[0], rules=self.rules())
 
-    def _sections(self) -> list[tuple[BaseConfig, tuple[WhereRule, ...]]]:
-        """Each config with its rules; the float rule of one with a white list counts only if nobody speaks of all."""
-        found = [(c, c.rules()) for c in self._ranked()]
-        return sorted(found, key=lambda pair: pair[0].white_list == "*")
-
-    def rules(self) -> tuple[WhereRule, ...]:
-        return tuple(rule for _, rules in self._sections() for rule in rules)
-
-    def predicates(self) -> dict[int, Callable[[Any], Any]]:
-        found: dict[int, Callable[[Any], Any]] = {}
-        at = 0
-        for config, rules in self._sections():
-            found.update({at + i: predicate for i, predicate in config.predicates().items()})
-            at += len(rules)
-        return found
+    def _members(self) -> Sequence[BaseConfig]:
+        return self._configs
 
     def __copy__(self) -> ComposableConfig:
         return ComposableConfig(self._configs)

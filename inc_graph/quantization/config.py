@@ -7,7 +7,12 @@ from typing import Any
 from inc_graph.errors import UnknownNameError
 from inc_graph.quantization.base_config import DEFAULT_WHITE_LIST, BaseConfig, OperatorConfig, register_config
 from inc_graph.quantization.composable import ComposableConfig
-from inc_graph.quantization.configs.activations import DynamicQuantConfig, INT8StaticQuantConfig, SmoothQuantConfig
+from inc_graph.quantization.configs.activations import (
+    DynamicQuantConfig,
+    INT8StaticQuantConfig,
+    SmoothQuantConfig,
+    StaticQuantConfig,
+)
 from inc_graph.quantization.configs.floats import FP8Config, HybridGPTQConfig, MixedPrecisionConfig, MXQuantConfig
 from inc_graph.quantization.configs.weight_only import (
     LM_HEAD_NAMES,
@@ -44,13 +49,6 @@ DOUBLE_QUANT_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Presets of RTN with quantized scales: that of bitsandbytes' NF4 (QLoRA), and that of llama.cpp's Q4_K."""
-
-
-def StaticQuantConfig(*args: Any, **kwargs: Any) -> Any:
-    """A static quantization config: `FP8Config` if `fp8_config` is given, else `INT8StaticQuantConfig`."""
-    return (
-        FP8Config(*args, **kwargs) if kwargs.get("fp8_config") is not None else INT8StaticQuantConfig(*args, **kwargs)
-    )
 
 
 def get_default_rtn_config(processor_type: Any = None) -> RTNConfig:

@@ -6,13 +6,13 @@ A check takes a value and gives None if it is legal, else the legal values in wo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
     "DEFAULT_WHITE_LIST", "Check", "Field", "a_bool", "a_choice", "a_dict", "a_list", "a_number", "a_string", "an_int",
-    "anything", "either",
+    "anything", "either", "normal", "unboxed", "unshared",
 ]  # fmt: skip
 
 DEFAULT_WHITE_LIST = "*"
@@ -32,7 +32,7 @@ class Field:
         tunable: A list of legal values stands for candidates, that `expand` and `autotune` try one after the other.
         stored: Whether `to_dict` and files carry it. One that is not stored cannot be said in JSON.
         ours: A field that neural_compressor does not have: `to_dict` gives it only where it differs from its default.
-        convert: What is done to a legal value before it is kept.
+        convert: What is done to a legal value before it is kept; None: `normal`, so that files give back what is kept.
     """
 
     default: Any
@@ -41,7 +41,13 @@ class Field:
     tunable: bool = True
     stored: bool = True
     ours: bool = False
-    convert: Callable[[Any], Any] = lambda value: value
+    convert: Callable[[Any], Any] | None = None
+
+    def kept(self, value: Any) -> Any:
+        """A legal value as a config holds it: its own, and as it comes back from a file."""
+        if not self.stored:
+            return value
+        return normal(value, self.default) if self.convert is None else self.convert(value)
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -53,6 +59,31 @@ class Field:
         if not self.tunable or not isinstance(value, list) or not value or self.check(value) is None:
             return False
         return all(self.check(v) is None for v in value)
+
+
+def unboxed(value: Any) -> Any:
+    """Numbers and lists in the place of NumPy's and torch's, also in a list or tuple."""
+    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value)(map(unboxed, value)) if type(value) in (list, tuple) else value
+
+
+def normal(value: Any, like: Any = None) -> Any:
+    """A copy as JSON gives it back: text as keys, and a list for a tuple unless `like`, the default, has a tuple."""
+    if isinstance(value, Mapping):
+        inner = like if isinstance(like, dict) else {}
+        return {str(key): normal(v, inner.get(key)) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        found = map(normal, value)
+        return tuple(found) if isinstance(like, tuple) else list(found)
+    return value
+
+
+def unshared(value: Any) -> Any:
+    """A copy of nested lists, tuples and dictionaries; everything else in them is the same object."""
+    if type(value) is dict:
+        return {key: unshared(v) for key, v in value.items()}
+    return type(value)(map(unshared, value)) if type(value) in (list, tuple) else value
 
 
 def anything(value: Any) -> str | None:

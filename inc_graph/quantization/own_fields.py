@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from inc_graph.errors import ConfigError
-from inc_graph.quantization.fields import Check, Field, anything
+from inc_graph.quantization.fields import Check, Field, anything, unshared
 
 __all__ = ["fields_of"]
 
@@ -33,7 +33,7 @@ def fields_of(cls: type) -> dict[str, Field]:
 
 def _field(default: Any) -> Field:
     check: Check = anything if isinstance(default, list) else _no_list
-    return Field(default, check)
+    return Field(default, check, convert=unshared)  # a tuple stays one: a list would be candidates
 
 
 def _no_list(value: Any) -> str | None:

@@ -63,9 +63,9 @@ class TensorWriter:
             if tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():
                 self._alive.append(tensor)
                 last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-                first = tensor.storage_offset()
+                first = int(tensor.storage_offset())
                 spans = self._spans.setdefault((storage_key(tensor), tensor.dtype), {})
-                spans[first, _form(tensor)] = (first, first + last + 1)
+                spans[first, _form(tensor)] = (first, first + int(last) + 1)
 
     def add(
         self, path: str, tensor: torch.Tensor, node: Any = None, lazy: Callable[[], torch.Tensor] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import platform
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -13,12 +15,12 @@ from inc_graph.errors import ConfigError, IncError, UnknownNameError
 from inc_graph.options import make_estimator
 from inc_graph.qtypes import QType, get_qtype
 from inc_graph.quantization.base_config import BaseConfig, register_config
-from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_list, a_number, a_string, anything, either
+from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_list, a_number, anything, either, normal
 from inc_graph.recipe import OpQuant, Recipe
-from inc_graph.registry import ALGORITHMS, QTYPES
+from inc_graph.registry import ALGORITHMS, CONFIGS, QTYPES
 from inc_graph.spec import PerChannel, PerTensor, QSpec
 
-__all__ = ["DynamicQuantConfig", "INT8StaticQuantConfig", "SmoothQuantConfig"]
+__all__ = ["DynamicQuantConfig", "INT8StaticQuantConfig", "SmoothQuantConfig", "StaticQuantConfig"]
 
 _SEVEN_BITS = {"int8": "int7", "uint8": "uint7"}
 
@@ -67,7 +69,9 @@ _INT8: dict[str, Field] = {
     "act_granularity": Field("per_tensor", a_choice("per_tensor"), "Activations that share a scale."),
     "act_algo": Field("minmax", _an_estimator(True), 'Range estimator of activations, such as "kl".'),
 }
-_EXCLUDED = Field([], a_list(a_string, "precisions"), "Precisions that the rest of the model must not use.")
+_EXCLUDED = Field(
+    [], a_list(a_choice("bf16", "fp16"), "precisions: 'bf16', 'fp16'"), "Precisions that the rest must not use."
+)
 
 
 class _Int8Config(BaseConfig):
@@ -80,8 +84,50 @@ class _Int8Config(BaseConfig):
         return getattr(self, "w_dtype", None) == "fp32"
 
 
+def _class_names(value: Any) -> Any:
+    """`normal`, with the name of a class in its place."""
+    if isinstance(value, list | tuple):
+        return [_class_names(v) for v in value]
+    return value.__name__ if isinstance(value, type) else normal(value)
+
+
+class StaticQuantConfig(BaseConfig):
+    """A static quantization config: an `FP8Config` if `fp8_config` is given, else an `INT8StaticQuantConfig`.
+
+    Called on this class, what configs offer without an object (`from_dict`, `get_config_set_for_tuning`) is for these
+    two as well; where only one can be meant, it is the INT8 one.
+    """
+
+    fields: ClassVar[dict[str, Field]] = {
+        **_INT8,
+        "excluded_precisions": _EXCLUDED,
+        "white_list": Field("*"),
+        "model_info": Field(None, anything, "Not used.", convert=_class_names),
+        "bias_correction": Field(True, a_bool, "Correct biases for the mean error of the weights.", ours=True),
+        "reduce_range": Field(None, a_choice(None, False, True), "7-bit formats, for CPUs without VNNI.", ours=True),
+    }
+    operators: ClassVar[tuple[Any, ...]] = _Int8Config.operators
+    tuning: ClassVar[dict[str, list[Any]]] = {"act_sym": [True, False], "act_algo": ["kl", "minmax"]}
+
+    def __new__(cls, *args: Any, **values: Any) -> Any:
+        if cls is StaticQuantConfig:
+            cls = CONFIGS.get("static_quant" if values.get("fp8_config") is None else "fp8_quant")
+        return object.__new__(cls)  # `__init__` of that class comes next
+
+    @classmethod
+    def from_json_file(cls, filename: str | os.PathLike[str]) -> Any:
+        found = super().from_json_file(filename)
+        return found if type(found) is cls else type(found).from_json_file(filename)
+
+
+StaticQuantConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+     inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+)  # fmt: skip
+
+
 @register_config(algo_name="static_quant")
-class INT8StaticQuantConfig(_Int8Config):
+class INT8StaticQuantConfig(StaticQuantConfig, _Int8Config):
     """Static quantization: activation ranges are found once, on calibration data.
 
     Fields:
@@ -113,16 +159,6 @@ class INT8StaticQuantConfig(_Int8Config):
     model_info: Any
     bias_correction: bool
     reduce_range: bool | None
-
-    fields: ClassVar[dict[str, Field]] = {
-        **_INT8,
-        "excluded_precisions": _EXCLUDED,
-        "white_list": Field("*"),
-        "model_info": Field(None, anything, "Not used."),
-        "bias_correction": Field(True, a_bool, "Correct biases for the mean error of the weights.", ours=True),
-        "reduce_range": Field(None, a_choice(None, False, True), "7-bit formats, for CPUs without VNNI.", ours=True),
-    }
-    tuning: ClassVar[dict[str, list[Any]]] = {"act_sym": [True, False], "act_algo": ["kl", "minmax"]}
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
@@ -196,11 +232,18 @@ class SmoothQuantConfig(_Int8Config):
         "excluded_precisions": [["bf16"]],
     }
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        before, together = vars(self).get(key), vars(self).get("auto_alpha_args")
+        super().__setattr__(key, value)
+        if key in _ALPHA and together and key in together and together[key] == before:  # not said otherwise there
+            self.auto_alpha_args = {**together, key: getattr(self, key)}
+
     def _settle(self) -> None:
         if self.auto_alpha_args is None:
             self.auto_alpha_args = {name: getattr(self, name) for name in _ALPHA}
-        if self.alpha_min > self.alpha_max:
-            raise ConfigError(f"SmoothQuantConfig.alpha_min {self.alpha_min} is above alpha_max {self.alpha_max}")
+        low, high = (v if isinstance(v, list) else [v] for v in (self.alpha_min, self.alpha_max))
+        if max(low) > min(high):
+            raise ConfigError(f"SmoothQuantConfig.alpha_min {max(low)} is above alpha_max {min(high)}")
 
 
 @register_config(algo_name="pt2e_dynamic_quant")

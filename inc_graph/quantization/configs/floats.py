@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from inc_graph.quantization.base_config import BaseConfig, register_config
+from inc_graph.quantization.configs.activations import StaticQuantConfig
 from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_string, an_int, either
 
 __all__ = ["FP8Config", "HybridGPTQConfig", "MXQuantConfig", "MixedPrecisionConfig"]
@@ -18,7 +19,7 @@ _FLAG = either(a_bool, a_choice("True", "False"))  # text once it is kept, as in
 
 
 @register_config(algo_name="fp8_quant")
-class FP8Config(BaseConfig):
+class FP8Config(StaticQuantConfig):
     """FP8: weights and activations in 8-bit float formats, scaled per tensor or channel."""
 
     fields: ClassVar[dict[str, Field]] = {
@@ -40,6 +41,7 @@ class FP8Config(BaseConfig):
         "measure_on_hpu": Field(True, a_bool, "Measure on the accelerator."),
     }  # fmt: skip
     operators: ClassVar[tuple[Any, ...]] = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.EmbeddingBag)
+    tuning: ClassVar[dict[str, list[Any]]] = {}
     _mark: ClassVar[dict[str, Any]] = {"_json_file": None}
 
     @classmethod
@@ -77,15 +79,6 @@ class FP8Config(BaseConfig):
         os.close(handle)
         self.to_json_file(name)
         self.json_file = name
-
-    @classmethod
-    def _from_json(cls, key: str, value: Any) -> Any:
-        """JSON has no tuples: types of a list without entries are one by default."""
-        if key in ("blocklist", "allowlist") and isinstance(value, dict):
-            types = cls.fields[key].default["types"]
-            if isinstance(types, tuple) and isinstance(value.get("types"), list):
-                return {**value, "types": tuple(value["types"])}
-        return super()._from_json(key, value)
 
 
 @register_config(algo_name="hybrid_gptq")

@@ -41,7 +41,9 @@ def _bool(default: bool, doc: str, **more: Any) -> Field:
 
 _FORMAT = {
     "dtype": Field(
-        "int", a_choice(*WEIGHT_TYPES), 'Weight format: "int" with `bits`, or a format; "fp32" leaves float.'
+        "int",
+        a_choice(*WEIGHT_TYPES),
+        'Weight format: "int" with `bits`, or a format, whose own width counts then; "fp32" leaves float.',
     ),
     "bits": Field(4, _BITS, "Bits of an integer weight."),
     "use_sym": _bool(True, "Symmetric around zero: no zero point."),
@@ -74,9 +76,6 @@ class WeightOnlyConfig(BaseConfig):
 
     def leaves_float(self) -> bool:
         return getattr(self, "dtype", None) == "fp32"
-
-    def op_quant(self) -> Any:
-        return None if self.leaves_float() else super().op_quant()
 
     def implied(self) -> tuple[tuple[str, BaseConfig], ...]:
         if getattr(self, "quant_lm_head", True):
