@@ -141,7 +141,12 @@ def test_nothing_to_quantize(exported: bool) -> None:
     floats = {"example_inputs": x()} if exported else {}
     for model in (nn.ReLU().eval(), nn.Sequential().eval(), nn.LayerNorm(8).eval()):  # no weights, or none to quantize
         refused(model, ConfigError, "nothing in this model can be quantized", lambda m: prepare(m, CONFIG, **floats))
-    refused(net(), ConfigError, "linear: kept float by", lambda m: prepare(m, FLOAT.set_local("body", FLOAT), **floats))
+    refused(
+        net(),
+        ConfigError,
+        "linear: kept float by",
+        lambda m: prepare(m, StaticQuantConfig(w_dtype="fp32").set_local("body", FLOAT), **floats),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- arguments, configs

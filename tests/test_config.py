@@ -168,3 +168,11 @@ def test_a_config_set_in_itself_ends() -> None:
     with pytest.raises(ConfigError, match="set in itself"):
         inner.set_local("b", outer)
     assert set(config.local_config) == {"body"} and not inner.local_config
+
+
+def test_a_setting_for_nothing_is_refused() -> None:
+    config = StaticQuantConfig()
+    for nothing in ([], (), set()):
+        with pytest.raises(ConfigError, match="empty list"):
+            config.set_local(nothing, StaticQuantConfig())
+    assert not config.local_config

@@ -176,6 +176,8 @@ class BaseConfig:
             raise ConfigError("set_local takes one config, not a composition", hint=hint)
         several = isinstance(operator_name_or_list, list | tuple | set)
         items = operator_name_or_list if several else [operator_name_or_list]
+        if not items:
+            raise ConfigError("set_local got an empty list, which names no operator", hint="name one, or leave it out")
         for item in items:
             check_key(item)
         if config is self:  # what it says of all operators, for these
