@@ -120,6 +120,7 @@ def damage(folder: Path, rng: random.Random, mark: Path) -> str:
     return f"{kind} {file.name} at {at} of {len(data)}"
 
 
+@pytest.mark.slow
 def test_damaged_bytes(saved: Saved, tmp_path: Path) -> None:
     folder, want = saved.folder, saved.want
     mark = tmp_path / "executed"
@@ -203,6 +204,7 @@ def edit_header(file: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     file.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + size :])
 
 
+@pytest.mark.slow
 def test_damaged_meaning(saved: Saved, tmp_path: Path) -> None:
     folder, want = saved.folder, saved.want
     mark = tmp_path / "executed"
@@ -291,6 +293,7 @@ def test_named_attacks(saved: Saved, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_names_that_would_be_code(tmp_path: Path) -> None:
     """FX writes Python from a graph: names, attributes and keywords of a file must never get there unchecked."""
     torch.manual_seed(0)
