@@ -23,6 +23,7 @@ from inc_graph.quantization import module_scope
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.composable import as_config
 from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers
+from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
@@ -35,7 +36,6 @@ from inc_graph.quantization.user_algorithms import (
     has_own_algorithm,
     make_plan,
     needs_data,
-    own_copy,
     plan_of,
     remember,
     run_entries,

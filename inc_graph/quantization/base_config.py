@@ -28,6 +28,7 @@ from inc_graph.quantization.own_fields import fields_of
 from inc_graph.quantization.where import check_key, key_from_text, key_to_text, shown
 from inc_graph.recipe import OpQuant, Recipe, WhereRule
 from inc_graph.registry import CONFIGS
+from inc_graph.utils.files import write_whole
 
 __all__ = ["DEFAULT_WHITE_LIST", "BaseConfig", "OperatorConfig", "register_config"]
 
@@ -326,12 +327,7 @@ class BaseConfig:
         """
         text, path = self.to_json_string(), Path(filename)
         try:
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")
-            try:
-                part.write_text(text, encoding="utf-8")
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_whole(path, text)
         except (OSError, ValueError) as e:  # ValueError: a path without a name
             hint = f"make the folder {path.parent}" if isinstance(e, FileNotFoundError) else None
             raise ConfigError(f"{filename} cannot be written: {e}", hint=hint) from e

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from inc_graph.errors import IncWarning, SavedModelError
+from inc_graph.errors import CaptureError, IncWarning, SavedModelError
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.model import QuantizedModel, all_or_nothing
 from inc_graph.quantization.saved import destination, save_layers
 from inc_graph.report import Report
 from inc_graph.saving.values import encode
 
-__all__ = ["call_every_layer", "keep_report", "leaves", "put", "report_of", "save", "tensors_of"]
+__all__ = ["call_every_layer", "keep_report", "leaves", "own_copy", "put", "report_of", "save", "tensors_of"]
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model. CaptureError if it cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as e:
+        hint = "use inplace=True, or make the copy yourself"
+        raise CaptureError(f"the model cannot be copied: {type(e).__name__}: {e}", hint=hint) from e
 
 
 def leaves(model: nn.Module) -> dict[Leaf, list[str]]:
@@ -115,12 +125,12 @@ def _facts(leaf: Leaf) -> dict[str, Any]:
     return {"form": [form.kind, form.rank, form.size, form.dtype], "attributes": kept}
 
 
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """(path, owner, name, tensor) of each parameter and buffer that is not in a quantized layer; shared ones at each
-    path."""
-    inside = tuple(f"{path}." if path else "" for paths in leaves(model).values() for path in paths)
+def tensors_of(model: nn.Module, layers: Iterable[str]) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """(path, owner, name, tensor) of each parameter and buffer that is not in a layer at one of the paths `layers`;
+    shared ones at each path."""
+    inside = tuple(f"{path}." if path else "" for path in layers)
     for path, module in model.named_modules(remove_duplicate=False):
-        if f"{path}.".startswith(inside) or isinstance(module, Leaf):
+        if f"{path}.".startswith(inside):
             continue
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
@@ -130,7 +140,8 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Te
 def _state(model: nn.Module) -> list[tuple[list[str], torch.Tensor, dict[str, Any]]]:
     """(paths, tensor, facts) of each tensor outside of the quantized layers."""
     found: dict[int, tuple[list[str], torch.Tensor, dict[str, Any]]] = {}
-    for path, owner, name, tensor in tensors_of(model):
+    layers = [path for paths in leaves(model).values() for path in paths]
+    for path, owner, name, tensor in tensors_of(model, layers):
         if id(tensor) not in found:
             facts = {"parameter": name in owner._parameters, "grad": tensor.requires_grad}
             found[id(tensor)] = ([], tensor, facts)

@@ -12,12 +12,12 @@ from torch import nn
 from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning, SavedModelError, UnknownNameError
 from inc_graph.export import refuse_quantized, unwrap
 from inc_graph.quantization.finish import assemble
-from inc_graph.quantization.layers import call_every_layer, keep_report, put, report_of, tensors_of
+from inc_graph.quantization.layers import call_every_layer, keep_report, own_copy, put, report_of, tensors_of
 from inc_graph.quantization.layers import save as save_model
 from inc_graph.quantization.leaf import Form, Leaf, is_layer
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.saved import check_format
-from inc_graph.quantization.user_algorithms import own_copy, rebuild
+from inc_graph.quantization.user_algorithms import rebuild
 from inc_graph.recipe import Recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import Report, attribute_bytes
@@ -284,8 +284,7 @@ def _leaf(inner: QuantizedModel, facts: Any, path: str, old: nn.Module) -> Leaf:
 def _state(
     model: nn.Module, entries: list[Any], saved: SavedModel, layers: list[str], imported: bool
 ) -> list[tuple[nn.Module, str, torch.Tensor]]:
-    inside = tuple(f"{path}." if path else "" for path in layers)
-    wanted = {path: (owner, name, old) for path, owner, name, old in tensors_of(model) if not path.startswith(inside)}
+    wanted = {path: (owner, name, old) for path, owner, name, old in tensors_of(model, layers)}
     if imported:  # a state_dict has no buffers that are not persistent, and does not say what is a parameter
         wanted = {p: w for p, w in wanted.items() if w[1] not in w[0]._non_persistent_buffers_set}
     plan = []

@@ -20,7 +20,7 @@ from inc_graph.errors import CaptureError, ConfigError, IncWarning, UnusedRuleWa
 from inc_graph.oppattern import Named, pattern_of, types_of_module
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.finish import finish, no_data, observers_of
-from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, put
+from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, own_copy, put
 from inc_graph.quantization.leaf import Captures, Leaf, form_of, is_layer, unfit
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
@@ -57,7 +57,7 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
         CaptureError: if the model cannot be copied (`inplace=False`).
     """
     if not inplace:
-        model = _copy(model)
+        model = own_copy(model)
     facts = _Facts(recipe, [], attribute_bytes(model))
     plan = _plan(model, facts)
     if not any(new is not None for _, new in plan):
@@ -77,14 +77,6 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
     model.__dict__[_MARK] = facts
     one_batch_a_call(model)
     return model
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as e:
-        hint = "use inplace=True, or make the copy yourself"
-        raise CaptureError(f"the model cannot be copied: {type(e).__name__}: {e}", hint=hint) from e
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare

@@ -21,11 +21,12 @@ from inc_graph.graph import clone
 from inc_graph.quantization.api import quantize
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.journal import TRIAL, Journal
+from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.one_layer import is_graph
 from inc_graph.quantization.sensitivity import Measured, measure
 from inc_graph.quantization.sensitivity_search import Plan
 from inc_graph.quantization.tuning_table import Trial
-from inc_graph.quantization.user_algorithms import has_own_algorithm, own_copy
+from inc_graph.quantization.user_algorithms import has_own_algorithm
 from inc_graph.report import attribute_bytes
 
 __all__ = ["Source", "errors_of_the_user", "exported", "run_trial"]

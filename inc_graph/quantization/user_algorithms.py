@@ -31,7 +31,7 @@ from inc_graph.recipe import Recipe
 from inc_graph.report import Report, attribute_bytes
 
 __all__ = [
-    "Plan", "algorithms_of", "converted", "has_own_algorithm", "make_plan", "needs_data", "own_copy", "plan_of",
+    "Plan", "algorithms_of", "converted", "has_own_algorithm", "make_plan", "needs_data", "plan_of",
     "rebuild", "remember", "run_entries",
 ]  # fmt: skip
 
@@ -83,15 +83,6 @@ def needs_data(config: BaseConfig) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
-def own_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model. CaptureError if it cannot be copied."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as e:
-        hint = "use inplace=True, or make the copy yourself"
-        raise CaptureError(f"the model cannot be copied: {type(e).__name__}: {e}", hint=hint) from e
-
-
 def make_plan(model: Any, config: BaseConfig, example_inputs: Any = None) -> Plan:
     """Which module gets what. Neither the model nor the config is changed; entries get copies of the config.
 

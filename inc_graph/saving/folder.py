@@ -51,12 +51,13 @@ def is_saved_model(path: str | os.PathLike[str]) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------------------- write
-def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], tuple[dict[str, Any], list[Path]]]) -> Path:
+def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], tuple[dict[str, Any], dict[Path, str]]]) -> Path:
     """Write a saved model; what is there already stays valid until the last moment, and goes then.
 
     Args:
         path: The folder; made if it is not there. Files in it that are not of a saved model are left alone.
-        fill: Gets an empty folder, writes files into it, and gives the contents of the manifest and those files.
+        fill: Gets an empty folder, writes files into it, and gives the contents of the manifest, and the sha256 of each
+            of those files.
 
     Raises:
         SavedModelError: the folder cannot be written to.
@@ -71,7 +72,7 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], tuple[dict
             temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)
             content, files = fill(temporary)
-            content["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in files}
+            content["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": digest} for f, digest in files.items()}
             text = _dump({"format": FORMAT, "version": VERSION, "sha256": _digest(content), "content": content})
             (temporary / MANIFEST).write_text(text, encoding="utf-8")
             for file in [*files, temporary / MANIFEST]:

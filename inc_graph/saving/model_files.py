@@ -60,11 +60,12 @@ def write_model(
     tensors = TensorWriter()
     text = json.dumps(body(tensors), allow_nan=False, separators=(",", ":")).encode()
 
-    def fill(folder: Path) -> tuple[dict[str, Any], list[Path]]:
-        graph = folder / f"graph-{hashlib.sha256(text).hexdigest()[:16]}.json"
+    def fill(folder: Path) -> tuple[dict[str, Any], dict[Path, str]]:
+        digest = hashlib.sha256(text).hexdigest()
+        graph = folder / f"graph-{digest[:16]}.json"
         graph.write_bytes(text)
         producer = {"inc_graph": inc_graph.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        return {"scope": scope, "producer": producer, "facts": facts}, [graph, *tensors.write(folder, limit)]
+        return {"scope": scope, "producer": producer, "facts": facts}, {graph: digest, **tensors.write(folder, limit)}
 
     return write_folder(path, fill)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,8 +119,8 @@ class TensorWriter:
             self.entries.append(_Entry(name, nbytes, get))
         return self._known[key]
 
-    def write(self, folder: Path, limit: int) -> list[Path]:
-        """Write shards of at most `limit` bytes (or one tensor) into a folder; their paths."""
+    def write(self, folder: Path, limit: int) -> dict[Path, str]:
+        """Write shards of at most `limit` bytes (or one tensor) into a folder: path -> sha256."""
         shards: list[list[_Entry]] = []
         size = limit
         for entry in self.entries:
@@ -130,16 +129,17 @@ class TensorWriter:
                 size = 0
             shards[-1].append(entry)
             size += entry.nbytes
-        files = []
+        files: dict[Path, str] = {}
         for number, shard in enumerate(shards, 1):
             part = folder / f"part-{number}"
             try:
                 save_file({e.name: _as_stored(e.get()) for e in shard}, str(part), metadata={"format": "pt"})
             except SafetensorError as e:  # the disk is full, say
                 raise OSError(str(e)) from e
-            name = f"model-{file_hash(part)[:16]}"
+            digest = file_hash(part)
+            name = f"model-{digest[:16]}"
             name += f"-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else ".safetensors"
-            files.append(part.rename(folder / name))
+            files[part.rename(folder / name)] = digest
         return files
 
 
@@ -269,8 +269,3 @@ def _restride(tensor: torch.Tensor, stride: Any) -> torch.Tensor:
     if [s for s, n in zip(new.stride(), tensor.shape, strict=True) if n > 1] != wanted:
         raise SavedModelError("its strides are not those of a dense tensor")
     return new
-
-
-def is_shard(name: str) -> bool:
-    """Whether this is the name of a file that `TensorWriter.write` makes."""
-    return re.fullmatch(r"model-[0-9a-f]{16}(-\d{5}-of-\d{5})?\.safetensors", name) is not None

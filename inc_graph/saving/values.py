@@ -17,7 +17,7 @@ from torch import fx
 
 from inc_graph.errors import SavedModelError
 
-__all__ = ["DTYPES", "decode", "dtype_of", "encode", "is_name"]
+__all__ = ["DTYPES", "decode", "dtype_of", "encode"]
 
 DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 _LAYOUTS = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.layout)}
@@ -102,11 +102,6 @@ def dtype_of(name: Any) -> torch.dtype:
     if not isinstance(name, str) or name not in DTYPES:
         raise SavedModelError(f"not a dtype of this torch: {_short(name)}", hint="a newer torch may have it")
     return DTYPES[name]
-
-
-def is_name(text: Any) -> bool:
-    """Whether this is a dotted path of attributes as torch has them, and can do no harm as one."""
-    return isinstance(text, str) and bool(text) and all(p and not p.startswith("__") for p in text.split("."))
 
 
 def _device(text: str) -> torch.device:

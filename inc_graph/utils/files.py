@@ -9,7 +9,17 @@ from typing import Any
 
 from inc_graph.errors import IncError
 
-__all__ = ["read_json_file", "write_json_file"]
+__all__ = ["read_json_file", "write_json_file", "write_whole"]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all. OSError or ValueError if it cannot be written."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_json_file(file_path: str | os.PathLike[str]) -> Any:
@@ -27,9 +37,4 @@ def write_json_file(file_path: str | os.PathLike[str], data: Any) -> None:
         text = json.dumps(data, indent=4)
     except (TypeError, ValueError) as e:
         raise IncError(f"{path} is not written: {e}") from e
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, text)
