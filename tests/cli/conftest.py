@@ -14,6 +14,7 @@ import torch
 
 from inc_graph.quantization import StaticQuantConfig, convert, prepare
 from inc_graph.saving.folder import read_manifest, write_folder
+from inc_graph.saving.tensors import file_hash
 
 
 def quantized(example: Any, **how: Any) -> Any:
@@ -62,13 +63,11 @@ def rewrite() -> Callable[[Path, Callable[[Any], None]], None]:
         edit(body)
         others = [n for n in content["files"] if n != graph]
 
-        def fill(temporary: Path) -> tuple[dict[str, Any], list[Path]]:
-            (temporary / "graph-0123456789abcdef.json").write_text(json.dumps(body))
-            files = [Path(shutil.copy(folder / name, temporary / name)) for name in others]
-            return {k: v for k, v in content.items() if k != "files"}, [
-                *files,
-                temporary / "graph-0123456789abcdef.json",
-            ]
+        def fill(temporary: Path) -> tuple[dict[str, Any], dict[Path, str]]:
+            changed = temporary / "graph-0123456789abcdef.json"
+            changed.write_text(json.dumps(body))
+            files = [*(Path(shutil.copy(folder / name, temporary / name)) for name in others), changed]
+            return {k: v for k, v in content.items() if k != "files"}, {file: file_hash(file) for file in files}
 
         write_folder(folder, fill)
 
