@@ -12,7 +12,7 @@ import pytest
 import sympy
 import torch
 from graph_generator import RandomModel
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -137,6 +137,7 @@ def expression(rng: random.Random, symbols: list[sympy.Symbol], depth: int) -> A
 
 
 @given(seed=st.integers(0, 2**20), depth=st.integers(0, 4))
+@example(seed=162, depth=3)
 def test_sizes(seed: int, depth: int) -> None:
     rng = random.Random(seed)
     env = ShapeEnv()
@@ -155,8 +156,15 @@ def test_sizes(seed: int, depth: int) -> None:
     table = json.loads(json.dumps(write_symbols([size])))
     again = Symbols(table).integer(str(size.node.expr))
     left, right = (x.node if isinstance(x, torch.SymInt) else None for x in (size, again))
-    assert right is None or (right.hint == left.hint and str(right.expr) == str(left.expr))
-    for point in ({"s0": 2, "s7": 3}, {"s0": 11, "s7": 5}, {"s0": 64, "s7": 64}):
+    assert right is None or right.hint == left.hint
+    # sympy prints one expression in several ways, so that values are compared and not texts
+    for point in (
+        {"s0": 2, "s7": 3},
+        {"s0": 11, "s7": 5},
+        {"s0": 64, "s7": 64},
+        {"s0": 3, "s7": 100},
+        {"s0": 97, "s7": 2},
+    ):
         at = {s: point[str(s)] for s in symbols}
         there = {s: point[str(s)] for s in (right.expr.free_symbols if right else ())}
         assert value.xreplace(at) == (right.expr.xreplace(there) if right else again)
