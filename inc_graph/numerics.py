@@ -12,6 +12,8 @@ Rules, for all functions:
 * floats: ``q = cast(clamp(x * (1 / scale), qmin, qmax))``, codebooks: the index of the value nearest to
   ``x * (1 / scale)``, ties to the even index (which for small floats is the even mantissa). Neither kind has a zero
   point: one that is given must hold zeros and is not read;
+* a zero point that is not whole (a float tensor) is added before rounding: ``q = clamp(round(x * (1 / scale) +
+  zero_point), qmin, qmax)``;
 * back: ``(q - zero_point) * scale``, then one cast to the wanted dtype;
 * infinities saturate. NaN stays NaN where the format has one (float8), else it quantizes as 0.0 would.
 """
@@ -65,7 +67,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequenc
     Args:
         x: Floating point tensor.
         scale: Positive; shape ``scale_shape(x.shape, block)``.
-        zero_point: int32 of the scale's shape, or None for 0.
+        zero_point: Of the scale's shape: int8, uint8, int32, or real numbers; or None for 0.
         block: One entry per dimension of ``x``.
         qtype: Name of the number format.
 
@@ -95,7 +97,7 @@ def dequantize(
     Args:
         q: Tensor of the format's carrier dtype.
         scale: Shape ``scale_shape(q.shape, block)``.
-        zero_point: int32 of the scale's shape, or None for 0.
+        zero_point: Of the scale's shape: int8, uint8, int32, or real numbers; or None for 0.
         block: One entry per dimension of ``q``.
         qtype: Name of the number format.
         out_dtype: Floating point dtype of the result.
@@ -136,7 +138,10 @@ def in_range(x: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequenc
     view, scale, zero_point = align(x, block, scale, zero_point)
     y = _compute(view, qt) * scale.to(torch.float32).reciprocal()
     if qt.is_int:
-        y = y.round() if zero_point is None else y.round() + zero_point
+        if zero_point is not None and zero_point.is_floating_point():
+            y = (y + zero_point).round()
+        else:
+            y = y.round() if zero_point is None else y.round() + zero_point
     return ((y >= qt.qmin) & (y <= qt.qmax)).reshape(x.shape)
 
 
@@ -149,8 +154,10 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[
     if qt.kind == "float":
         return y.clamp_(qt.qmin, qt.qmax)
     # NaN is 0 from here on. Adding 0.0 where there is no zero point turns -0.0 into 0.0, as a trip through int would.
-    y = y.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf).round_()
-    return y.add_(0.0 if zero_point is None else zero_point).clamp_(qt.qmin, qt.qmax)
+    y = y.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    if zero_point is not None and zero_point.is_floating_point():
+        return y.add_(zero_point).round_().clamp_(qt.qmin, qt.qmax)
+    return y.round_().add_(0.0 if zero_point is None else zero_point).clamp_(qt.qmin, qt.qmax)
 
 
 def _values(q: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int], qt: QType) -> Tensor:

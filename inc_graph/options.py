@@ -7,8 +7,10 @@ from typing import Any
 
 from inc_graph.calibrate import RangeEstimator, estimator
 from inc_graph.errors import ConfigError
+from inc_graph.registry import ALGORITHMS
+from inc_graph.weights import WeightAlgorithm, weight_algorithm
 
-__all__ = ["make_estimator", "parse_algorithm"]
+__all__ = ["make_algorithm", "make_estimator", "needs_inputs", "parse_algorithm"]
 
 _FORM = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\{([^{}]*)\})?\s*", re.S)
 
@@ -42,3 +44,23 @@ def make_estimator(text: str) -> RangeEstimator:
     """The range estimator that the text names. Errors as in `parse_algorithm` and `calibrate.estimator`."""
     name, options = parse_algorithm(text)
     return estimator(name, **options)
+
+
+def make_algorithm(text: str) -> RangeEstimator | WeightAlgorithm:
+    """What finds the codes of a weight: the weight algorithm, or else the range estimator, that the text names.
+
+    Errors as in `parse_algorithm`, `weights.weight_algorithm` and `calibrate.estimator`.
+    """
+    name, options = parse_algorithm(text)
+    cls = ALGORITHMS.get(name)
+    if isinstance(cls, type) and issubclass(cls, WeightAlgorithm):
+        return weight_algorithm(name, **options)
+    return estimator(name, **options)
+
+
+def needs_inputs(text: str) -> bool:
+    """Whether the algorithm that the text names needs the inputs of the layer, and so calibration data."""
+    if not text:
+        return False
+    cls = ALGORITHMS.get(parse_algorithm(text)[0])
+    return isinstance(cls, type) and issubclass(cls, WeightAlgorithm) and cls.inputs

@@ -97,7 +97,8 @@ def check_packed(packed: Tensor, qt: QType, shape: Sequence[int]) -> None:
 def _word(bits: int) -> tuple[torch.dtype, int, int]:
     """``(dtype, elements, bytes)`` of a word: the smallest whole number of bytes that holds whole codes."""
     size = math.lcm(bits, 8) // 8
-    return (torch.uint8 if size == 1 else torch.int32), 8 * size // bits, size
+    dtype = torch.uint8 if size == 1 else torch.int32 if size < 4 else torch.int64
+    return dtype, 8 * size // bits, size
 
 
 def _groups(x: Tensor, size: int) -> Tensor:

@@ -101,8 +101,8 @@ class QType:
 
     @property
     def storage_bits(self) -> int:
-        """Bits one element takes when packed: ``bits`` for 1, 2, 3, 4 and 6, else the whole carrier."""
-        return self.bits if self.bits in (1, 2, 3, 4, 6) else 8 * self.carrier.itemsize
+        """Bits one element takes when packed: ``bits`` for 1 to 6, else the whole carrier."""
+        return self.bits if self.bits <= 6 else 8 * self.carrier.itemsize
 
     @property
     def packed_per_byte(self) -> int:
@@ -167,7 +167,7 @@ _NF4 = (
 # The 4-bit float of bitsandbytes: multiples of 1/192, in its own code order.
 _FP4_BNB = tuple(v / 192 for v in (0, 1, 128, 192, 64, 96, 32, 48))
 
-for _bits in (2, 3, 4, 7, 8):
+for _bits in (2, 3, 4, 5, 6, 7, 8):
     register(QType(f"int{_bits}", "int", _bits, torch.int8, -(2 ** (_bits - 1)), 2 ** (_bits - 1) - 1))
     register(QType(f"uint{_bits}", "int", _bits, torch.uint8, 0, 2**_bits - 1))
 register(QType("int16", "int", 16, torch.int16, -(2**15), 2**15 - 1))
@@ -175,6 +175,11 @@ register(QType("int32", "int", 32, torch.int32, -(2**31), 2**31 - 1))
 
 _E4M3 = register(QType("fp8_e4m3", "float", 8, torch.float8_e4m3fn, -448.0, 448.0, element_dtype=torch.float8_e4m3fn))
 _E5M2 = register(QType("fp8_e5m2", "float", 8, torch.float8_e5m2, -57344.0, 57344.0, element_dtype=torch.float8_e5m2))
+for _name, _dtype, _most in (
+    ("fp8_e4m3fnuz", torch.float8_e4m3fnuz, 240.0),
+    ("fp8_e5m2fnuz", torch.float8_e5m2fnuz, 57344.0),
+):
+    register(QType(_name, "float", 8, _dtype, -_most, _most, element_dtype=_dtype))
 
 register(_codebook("nf4", 4, _NF4))
 register(_codebook("fp4_bnb", 4, (*_FP4_BNB, *(-v for v in _FP4_BNB))))

@@ -22,6 +22,7 @@ from torch import fx
 
 from inc_graph.errors import ConfigError
 from inc_graph.oppattern import Named, OpPattern, named, names_of_type, operator_name
+from inc_graph.registry import PATTERNS
 from inc_graph.spec import QSpec
 
 __all__ = [
@@ -41,7 +42,8 @@ class Where:
     Attributes:
         kind: "all", "type" (operator type, module class), "name" (see the head of this file), "implied" (a name too,
             that a config implies and the user has not said), "predicate".
-        value: The type's name, the regex, or what messages call the predicate; '' for "all".
+        value: The type's name, the regex, or what messages call the predicate; for "all" '' or, with commas, the types
+            of operators that a method is for, if nothing more specific is said.
         members: What a predicate took: module paths, and names of function calls. `None` until it was asked.
     """
 
@@ -61,7 +63,7 @@ class Where:
     def fit(self, op: Named) -> str | None:
         """One of `FITS`: how this speaks of an operator; None if it does not."""
         if self.kind == "all":
-            return "all"
+            return "all" if not self.value or not op.types.isdisjoint(self.value.split(",")) else None
         if self.kind == "type":
             return "type" if self.value in op.types else None
         if self.kind == "predicate":
@@ -92,7 +94,7 @@ class Where:
         return cls(data["kind"], data["value"], None if members is None else tuple(members))
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "all" else f"{self.kind} {self.value!r}"
+        return f"{self.kind} {self.value!r}" if self.value or self.kind != "all" else "all"
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,17 @@ class Recipe:
         """The rule for `node` and its index, or None if no rule speaks of it."""
         found = decide(self.rules, named(node, pattern))
         return None if found is None else (found, self.rules[found])
+
+    def why_float(self, index: int | None) -> str | None:
+        """Why the rule at `index` (None: no rule) leaves an operator float; None if it does not."""
+        if index is not None:
+            rule = self.rules[index]
+            return f"kept float by {rule.origin or rule.where}" if rule.what is None else None
+        meant = {kind for r in self.rules if r.where.kind == "all" for kind in r.where.value.split(",") if kind}
+        if not meant:
+            return "no rule of the recipe speaks of it"
+        kinds = " and ".join(sorted(meant & set(PATTERNS.names())))
+        return f"{self.method} is for {kinds}, unless set_local names others"
 
     def to_json(self) -> dict[str, Any]:
         return {

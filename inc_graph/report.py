@@ -11,7 +11,6 @@ reference implementation, or float with the reason. Nothing is left out in silen
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,8 +22,10 @@ from torch import fx, nn
 from inc_graph.errors import ConfigError
 from inc_graph.graph import get_attr, module_path, peek_meta
 from inc_graph.oppattern import pattern_of
+from inc_graph.tables import printed
+from inc_graph.weight_report import WeightLine, Weights
 
-__all__ = ["OpLine", "Report", "attribute_bytes", "printed", "read_graph", "type_of", "with_activations"]
+__all__ = ["OpLine", "Report", "attribute_bytes", "read_graph", "type_of", "with_activations"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Report:
         floats: Operators that stayed float; `detail` is the reason.
         bytes_before, bytes_after: Bytes of all parameters and buffers the model reads.
         timings: (pass, seconds).
+        weights: What became of each weight that a weight algorithm has quantized; print it.
         recipe: For every operator which rule gave it which method (`quantization.decisions`); print it.
     """
 
@@ -60,6 +62,7 @@ class Report:
     bytes_after: int = 0
     timings: list[tuple[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    weights: Weights = field(default_factory=Weights)
 
     def __post_init__(self) -> None:
         self.recipe: Any = None  # read from the graph, which is saved: no field, so no part of the saved report
@@ -88,6 +91,7 @@ class Report:
             setattr(report, name, [_line(name, x) for x in _listed(name, data[name])])
         report.timings = [_timing(x) for x in _listed("timings", data["timings"])]
         _listed("notes", data["notes"])
+        report.weights = Weights(WeightLine.from_json(x) for x in _listed("weights", data["weights"]))
         for name, kind in (("method", str), ("backend", str), ("bytes_before", int), ("bytes_after", int)):
             if not isinstance(data[name], kind):
                 raise ConfigError(f"Report.{name} cannot be {data[name]!r}"[:120])
@@ -114,18 +118,11 @@ class Report:
             more = ", ..." if len(lines) > 3 else ""
             table.add_row(op, str(len(lines)), f"float: {reason} [dim]({names}{more})")
         table.add_section()
+        if errors := sorted((x.error, x.name) for x in self.weights if x.error is not None):
+            mean, (worst, name) = sum(e for e, _ in errors) / len(errors), errors[-1]
+            table.add_row("error", f"{mean:.4f}", f"mean of {len(errors)} weights, at most {worst:.4f} ({name})")
         table.add_row("bytes", f"{self.bytes_after:,}", f"{share} of {self.bytes_before:,}")
         return Group(table, *(f"note: {n}" for n in self.notes))
-
-
-def printed(table: Any) -> str:
-    """A table as plain text, 120 columns wide."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=120, force_terminal=False)
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def _listed(name: str, data: Any) -> list[Any]:

@@ -340,6 +340,9 @@ def _carrier(node: fx.Node, facts: _Facts) -> str | None:
     return None
 
 
+_ZERO_POINTS = (torch.int32, torch.int8, torch.uint8)
+
+
 def _layout(node: fx.Node, facts: _Facts) -> str | None:
     if not (is_quantize(node) or is_dequantize(node) or is_fake_quantize(node)):
         return None
@@ -356,8 +359,11 @@ def _layout(node: fx.Node, facts: _Facts) -> str | None:
         return f"scale is {dtype(scale)}"
     if zero_point is None:
         return None
-    if dtype(zero_point) != torch.int32 or not _same_shape(shape(zero_point), want):
-        return f"zero point is {dtype(zero_point)} {list(shape(zero_point) or ())}, must be int32 {list(want)}"
+    kind = dtype(zero_point)
+    if kind not in _ZERO_POINTS and not is_float(zero_point):
+        return f"zero point is {kind}, must be an integer of 8 or 32 bits, or floating point"
+    if not _same_shape(shape(zero_point), want):
+        return f"zero point has shape {list(shape(zero_point) or ())}, must be {list(want)}"
     return f"{qtype.name} has no zero point" if not qtype.is_int else None
 
 

@@ -44,7 +44,8 @@ class Claim:
     Attributes:
         name: What the claim makes, for reports.
         pattern: What to look for. Its root is the anchor.
-        rewrite: `rewrite(context, match)` replaces the anchor and what fuses with it.
+        rewrite: `rewrite(context, match)` replaces the anchor and what fuses with it. It may give a text that says more
+            than `name` for the report.
         check: `check(context, match)` gives None to go ahead, a reason to leave the anchor on the reference, or "" if
             the anchor is none of the claim's business (it is float, say), which nobody needs to read.
         kernel: True if what it makes is a quantized compute kernel (counted), False for conversions and moves.
@@ -52,7 +53,7 @@ class Claim:
 
     name: str
     pattern: Pattern
-    rewrite: Callable[[Any, Match], None] = field(repr=False)
+    rewrite: Callable[[Any, Match], str | None] = field(repr=False)
     check: Callable[[Any, Match], str | None] = field(default=lambda context, found: None, repr=False)
     kernel: bool = True
 
@@ -195,11 +196,11 @@ def _offer(claim: Claim, context: Context, report: LoweringReport) -> None:
         if reason is not None or not take_fuel():
             continue
         with editing(claim.name, current_fuel()):
-            claim.rewrite(context, found)  # type: ignore[arg-type]
+            detail = claim.rewrite(context, found)  # type: ignore[arg-type]
         report.claimed[claim.name] += 1
         report.missed.pop(name, None)
         if claim.kernel:
-            report.kernels[name] = (claim.name, where)
+            report.kernels[name] = (detail or claim.name, where)
 
 
 def _computes_quantized(node: fx.Node) -> bool:

@@ -1,8 +1,9 @@
-"""CPU backend: Q-DQ to oneDNN int8 layers, fast when called directly and under torch.compile.
+"""CPU backend: Q-DQ to int8 layers of oneDNN and to weight-only layers, fast called directly and under torch.compile.
 
     dequantize(x) , dequantize(w) -> linear | conv  [-> + other] [-> activation] [-> quantize]    becomes one Int8Layer
     dequantize(x) -> view | max_pool | cat | pad -> quantize (same scale)                          runs on the codes
     dequantize(table) -> embedding                                                                 looks up codes
+    x (float) , dequantize(w) -> linear                                      becomes one weight_only_linear (any format)
 
 What is left of quantize and dequantize becomes one fast pass over the data (eager) or is fused by inductor (compiled).
 """
@@ -10,6 +11,7 @@ What is left of quantize and dequantize becomes one fast pass over the data (eag
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,7 @@ from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer,
 from inc_graph.lowering._layouts import settle_layouts
 from inc_graph.lowering._moves import MOVES, check_move, rewrite_move
 from inc_graph.lowering._regions import for_compile
+from inc_graph.lowering._weight_only_claims import LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
 from inc_graph.lowering.base import Backend, Claim
 from inc_graph.oppattern import argument
 from inc_graph.ops import DEQUANTIZE, QUANTIZE, is_dequantize
@@ -31,6 +34,8 @@ from inc_graph.registry import BACKENDS
 
 aten = torch.ops.aten
 
+_WEIGHT_ONLY = (*(f"{sign}int{n}" for n in range(2, 9) for sign in ("", "u")), "nf4", "fp4", "fp4_bnb", "fp8_e4m3",
+                "fp8_e5m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxint8")  # fmt: skip
 _LAYERS = ("linear", *(f"conv{'_transpose' * t}{d}d" for t in (0, 1) for d in (1, 2, 3)))
 
 
@@ -80,23 +85,31 @@ def _rewrite_dequantize(c: OneDnnContext, found: Match) -> None:
     replace_uses(node, insert_call(c.gm, dequantize_codes, args, before=node, like=node))
 
 
+@dataclass
+class _Context(OneDnnContext):
+    compute_dtype: torch.dtype | None = None
+
+
 class Inductor(Backend):
     """oneDNN int8 on x86 CPUs; under torch.compile inductor fuses what is between the layers."""
 
     name = "inductor"
     capabilities: ClassVar = {
         **dict.fromkeys(_LAYERS, tuple((a, w) for a in CODES for w in WEIGHTS)),
+        "linear": (*((a, w) for a in CODES for w in WEIGHTS), *((None, w) for w in _WEIGHT_ONLY)),
         "add": tuple((a, None) for a in CODES),
-        "embedding": tuple((None, w) for w in CODES),
+        "embedding": tuple((None, w) for w in _WEIGHT_ONLY),
     }
+    compute_dtype: torch.dtype | None = None
+    """What weight-only layers are computed in; None: `INC_COMPUTE_DTYPE`, else what is fastest here."""
 
     def available(self) -> str | None:
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return f"oneDNN's int8 layers need an x86 CPU, this is {platform.machine()}"
         return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
 
-    def start(self, gm: fx.GraphModule) -> OneDnnContext:
-        return OneDnnContext(gm)
+    def start(self, gm: fx.GraphModule) -> _Context:
+        return _Context(gm, compute_dtype=self.compute_dtype)
 
     def claims(self) -> tuple[Claim, ...]:
         return (
@@ -106,6 +119,9 @@ class Inductor(Backend):
             Claim("int8 linear", P(LINEAR), rewrite_layer, check_layer),
             Claim("int8 transposed convolution", P(TRANSPOSED), rewrite_layer, check_layer),
             Claim("int8 lookup", P(aten.embedding.default), _rewrite_lookup, _check_lookup),
+            WEIGHT_ONLY,
+            LOOKUP,
+            WEIGHT_VALUES,
             Claim("quantize", P(QUANTIZE), _rewrite_quantize, _check_quantize, kernel=False),
             Claim("dequantize", P(DEQUANTIZE), _rewrite_dequantize, _check_dequantize, kernel=False),
         )

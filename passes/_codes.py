@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inc_graph.numerics import dequantize, quantize
-from inc_graph.options import make_estimator
+from inc_graph.numerics import quantize
+from inc_graph.options import make_algorithm
 from inc_graph.spec import QSpec
+from inc_graph.weights import Codes, Gram, WeightAlgorithm
 
-__all__ = ["Codes", "codes_of_weight"]
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Codes with what they mean. `zero_point` is None where it is 0 everywhere."""
-
-    carrier: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    spec: QSpec
-
-    @classmethod
-    def of(cls, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QSpec) -> Codes:
-        """Quantize `x`; scale and zero point as `RangeEstimator.solve` gives them."""
-        zero = zero_point if needs_zero_point(spec, zero_point) else None
-        with torch.no_grad():
-            return cls(quantize(x.detach(), scale, zero, spec.block(x.ndim), spec.qtype), scale, zero, spec)
-
-    def values(self) -> Tensor:
-        """The real values that the codes stand for, float32."""
-        block = self.spec.block(self.carrier.ndim)
-        return dequantize(self.carrier, self.scale, self.zero_point, block, self.spec.qtype, torch.float32)
+__all__ = ["codes_by_range", "codes_of_weight", "needs_zero_point"]
 
 
-def codes_of_weight(weight: Tensor, annotation: Mapping[str, Any]) -> Codes:
-    """Quantize a weight as its layer's annotation `{spec, algorithm}` says."""
+def codes_by_range(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QSpec) -> Codes:
+    """Quantize `x`; scale and zero point as `RangeEstimator.solve` gives them."""
+    zero = zero_point if needs_zero_point(spec, zero_point) else None
+    with torch.no_grad():
+        return Codes(quantize(x.detach(), scale, zero, spec.block(x.ndim), spec.qtype), scale, zero, spec)
+
+
+def codes_of_weight(weight: Tensor, annotation: Mapping[str, Any], gram: Gram | None = None) -> Codes:
+    """Quantize a weight as its layer's annotation `{spec, algorithm}` says.
+
+    Args:
+        weight: Finite, any float dtype.
+        annotation: Of the layer.
+        gram: Of the layer's inputs, for an algorithm that needs it.
+    """
     spec = QSpec.from_json(annotation["spec"])
     weight = weight.detach()
-    scale, zero_point = make_estimator(annotation["algorithm"]).estimate(weight, spec)
-    return Codes.of(weight, scale, zero_point, spec)
+    algorithm = make_algorithm(annotation["algorithm"])
+    if isinstance(algorithm, WeightAlgorithm):
+        with torch.no_grad():
+            return algorithm.solve(weight, spec, gram)
+    return codes_by_range(weight, *algorithm.estimate(weight, spec), spec)
 
 
 def needs_zero_point(spec: QSpec, zero_point: Tensor) -> bool:

@@ -15,17 +15,19 @@ values, integers are taken for a mask or a position. A rule that names an operat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from inc_graph.errors import SpecError
-from inc_graph.graph import get_attr, get_tensor, is_float, mutated_attrs, peek_meta, val
+from inc_graph.errors import ConfigError, SpecError
+from inc_graph.graph import get_attr, get_tensor, is_float, module_path, mutated_attrs, peek_meta, val
 from inc_graph.oppattern import OpPattern, argument, pattern_of
+from inc_graph.options import needs_inputs
 from inc_graph.recipe import OpQuant
-from inc_graph.spec import PerChannel, QSpec
+from inc_graph.spec import PerBlock, PerChannel, PerGroup, QSpec
 
 __all__ = ["DATA", "INTEGERS", "PARAMETER", "Facts", "kinds", "useless", "weight_spec"]
 
@@ -94,25 +96,55 @@ class Facts:
             return f"its weight {weight.target} is empty"
         if not all(map(torch.isfinite, torch.aminmax(tensor))):  # one pass over the memory, and NaN spreads
             return f"its weight {weight.target} holds NaN or infinity"
-        if spec is not None and (reason := _misfit(weight_spec(spec, pattern, node), tensor.ndim)):
-            return f"its weight {weight.target}: {reason}"
-        return None
+        if spec is None:
+            return None
+        try:
+            reason = _misfit(weight_spec(spec, pattern, node), tensor.ndim)
+        except SpecError as e:
+            hint = (
+                "set_local(name, config): another group_size, -1 for a whole channel, or dtype='fp32' to leave it float"
+            )
+            raise ConfigError(e.message, node=node, module=module_path(node), hint=hint) from e
+        return f"its weight {weight.target}: {reason}" if reason else None
 
 
 def useless(pattern: OpPattern, what: OpQuant) -> str | None:
     """Why a rule has nothing to say to operators of this type, or None."""
     if pattern.weight is None and what.activation is None:
         return "it has no weight, and the rule quantizes weights only"
+    if pattern.name != "linear" and what.weight is not None and needs_inputs(what.weight_algorithm):
+        name = what.weight_algorithm.partition("{")[0]
+        return f"{name} rounds against the inputs of linear layers; give it a config of rtn or hqq"
     if what.weight is None and (what.activation is None or not pattern.inputs):
         return "the rule leaves both its inputs and its weight float"
     return None
 
 
 def weight_spec(spec: QSpec, pattern: OpPattern, node: fx.Node) -> QSpec:
-    """The format of a rule with the operator's own channel axis."""
+    """The format of a rule with the operator's own axes.
+
+    Per group, `axis=-1` stands for the input channels and 0 for the output channels. A kernel of a convolution is never
+    split: a group of `size` weights is as many input channels as have that many.
+
+    Raises:
+        SpecError: a group along the input would be longer than the input, or lies across kernels.
+    """
+    shape = val(argument(node, pattern.weight or 0)).shape
     if isinstance(spec.granularity, PerChannel):
         return replace(spec, granularity=PerChannel(pattern.axis(node)))
-    return spec
+    if not isinstance(spec.granularity, PerGroup):
+        return spec
+    size, out = spec.granularity.size, pattern.axis(node)
+    along, kernel = spec.granularity.axis, math.prod(shape[2:])
+    if along == 0 and len(shape) > 2:
+        raise SpecError("groups along the output channels are for linear layers and tables, not for convolutions")
+    axis = out if along == 0 else 1 - out
+    if size > shape[axis] * (kernel if along else 1):
+        what = "output" if along == 0 else "input"
+        raise SpecError(f"group_size {size} is larger than the {what} dimension, {shape[axis] * kernel}")
+    group = size if size == -1 else max(1, size // kernel)
+    sizes = [1 if d != axis else group for d in range(2)] + [-1] * (len(shape) - 2)
+    return replace(spec, granularity=PerBlock(tuple(sizes)))
 
 
 def _other_inputs(pattern: OpPattern, node: fx.Node) -> set[fx.Node]:

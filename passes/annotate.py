@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from inc_graph.errors import IncWarning, UnusedRuleWarning
-from inc_graph.graph import inc_meta, is_float, set_level
+from inc_graph.errors import ConfigError, IncWarning, UnusedRuleWarning
+from inc_graph.graph import inc_meta, is_float, module_path, set_level
 from inc_graph.oppattern import OpPattern, named, pattern_of
 from inc_graph.passes._eligible import DATA, PARAMETER, Facts, useless, weight_spec
 from inc_graph.passmanager import Pass, PassReport, PassResult
@@ -86,11 +86,9 @@ class Annotate(Pass):
 # ------------------------------------------------------------------------------------------------------- who takes part
 def _rule(node: fx.Node, pattern: OpPattern, state: _State) -> tuple[int, OpQuant] | str:
     found = state.recipe.resolve(node, pattern)
-    if found is None:
-        return "no rule of the recipe speaks of it"
+    if (reason := state.recipe.why_float(None if found is None else found[0])) is not None or found is None:
+        return reason or ""
     index, rule = found
-    if rule.what is None:
-        return f"kept float by {rule.origin or rule.where}"
     supported = state.recipe.supported
     if supported is not None and pattern.name not in supported and rule.where.kind == "all":
         return f"backend '{state.recipe.backend}' has no quantized kernel for {pattern.name}"
@@ -113,6 +111,12 @@ def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
         or state.facts.bad_inputs(pattern, node, what.activation, _named(index, state))
         or state.facts.bad_weight(pattern, node, what.weight)
     )
+    if reason and what.activation is None and (_named(index, state) or "NaN" in reason):
+        # nobody would look for what is missing: a weight-only method has no neighbours that it could depend on
+        hint = "take it out of set_local, or leave it float with dtype='fp32'"
+        raise ConfigError(
+            f"this operator cannot be quantized: {reason}", node=node, module=module_path(node), hint=hint
+        )
     if reason:
         state.float_[node] = reason
     else:
@@ -322,7 +326,7 @@ def _say_unused(gm: fx.GraphModule, recipe: Recipe) -> None:
     for text in twice:
         warnings.warn(text, IncWarning, stacklevel=2)
     for rule in recipe.rules:
-        if rule.where.kind == "all":
+        if rule.where.kind in ("all", "implied"):
             continue
         roles = {p.role for n, p in nodes if rule.where.matches(n, p)}
         why = None if roles else "matched no operator of the model"

@@ -10,19 +10,22 @@ reader sees the same form. One weight tensor that several layers share becomes o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from inc_graph.calibrate import Observer
-from inc_graph.errors import CalibrationError
+from inc_graph.errors import CalibrationError, IncError
+from inc_graph.gram import GramObserver
 from inc_graph.graph import (
     erase_dead,
     get_attr,
     get_tensor,
     inc_meta,
+    module_path,
     peek_meta,
     replace_uses,
     set_level,
@@ -31,11 +34,12 @@ from inc_graph.graph import (
 from inc_graph.oppattern import argument, pattern_of, set_arguments
 from inc_graph.ops import DEQUANTIZE, QUANTIZE, UNPACK
 from inc_graph.packing import pack
-from inc_graph.passes._codes import Codes, codes_of_weight, needs_zero_point
+from inc_graph.passes._codes import codes_by_range, codes_of_weight, needs_zero_point
 from inc_graph.passes._place import Maker
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
-from inc_graph.spec import QSpec
+from inc_graph.spec import QSpec, scale_shape
+from inc_graph.weights import Codes, Gram
 
 Group = tuple[str, str]  # name of the value that stands for all that share its scale, and the key of the format
 Params = tuple[fx.Node, fx.Node | None]  # reads of a scale and a zero point
@@ -47,7 +51,8 @@ class _State:
     make: Maker
     groups: dict[Group, tuple[torch.Tensor, torch.Tensor]]
     params: dict[tuple[Group, int], Params] = field(default_factory=dict)
-    weights: dict[Any, fx.Node] = field(default_factory=dict)
+    weights: dict[Any, tuple[fx.Node, Codes]] = field(default_factory=dict)
+    grams: dict[Any, Gram] = field(default_factory=dict)  # name of a gram observer -> what it has collected
 
 
 @PASSES.register("convert-qdq")
@@ -66,10 +71,14 @@ class ConvertQDQ(Pass):
         }
         _need_data(list(dict.fromkeys(calls.values())))
         groups = _solve(calls)
-        for node in calls:
+        seen = {
+            n: m for n in gm.graph.find_nodes(op="call_module") if isinstance(m := get_attr(gm, n.target), GramObserver)
+        }
+        grams = {str(n.target): m.gram() for n, m in seen.items()}
+        for node in [*calls, *seen]:
             replace_uses(node, node.args[0])
             gm.graph.erase_node(node)
-        state = _State(gm, Maker(gm), groups)
+        state = _State(gm, Maker(gm), groups, grams=grams)
         for value in list(gm.graph.nodes):
             for key, quant in peek_meta(value).get("quant", {}).items():
                 _pair(state, value, key, quant)
@@ -143,7 +152,7 @@ def _pair(state: _State, value: fx.Node, key: str, quant: dict[str, Any]) -> Non
     readers = [u for u in value.users if peek_meta(u).get("reads", {}).get(value.name) == key]
     if value.op == "get_attr":  # a parameter: quantized now
         tensor = get_tensor(state.gm, value)
-        codes = Codes.of(tensor, *(t.reshape((1,) * tensor.ndim) for t in state.groups[group]), spec)
+        codes = codes_by_range(tensor, *(t.reshape((1,) * tensor.ndim) for t in state.groups[group]), spec)
         q = _read_codes(state, f"{value.target}_q", codes, value)
     else:
         q = state.make.call(QUANTIZE, (value, *how), after=value, like=value)
@@ -158,14 +167,73 @@ def _weight(state: _State, layer: fx.Node) -> None:
     read: Any = argument(layer, pattern.weight)
     annotation = inc_meta(layer)["weight"]
     annotation.pop("mean", None)
+    gram = state.grams.get(annotation.pop("gram", None))
     tensor = get_tensor(state.gm, read)
     memory = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
     identity = (memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"])
     if identity not in state.weights:
-        codes = codes_of_weight(tensor, annotation)
+        codes = _solved(layer, tensor, annotation, gram)
         name = read.target.replace(".", "_")
-        q = _read_codes(state, f"{name}_q", codes, layer)
-        params = _read_params(state, name, codes.scale, codes.zero_point)
-        args = (q, *params, list(codes.spec.block(tensor.ndim)), codes.spec.qtype, tensor.dtype)
-        state.weights[identity] = state.make.call(DEQUANTIZE, args, after=q, like=layer)
-    set_arguments(layer, {pattern.weight: state.weights[identity]})
+        state.weights[identity] = _dequantized(state, name, codes, tensor.dtype, layer), codes
+    values, codes = state.weights[identity]
+    set_arguments(layer, {pattern.weight: values})
+    if codes.notes:
+        annotation["notes"] = {**codes.notes, "bytes": _nbytes(state.gm, values)}
+    if codes.order is not None:
+        order = state.make.read(f"{read.target.replace('.', '_')}_order", codes.order)
+        source: Any = layer.args[0]
+        set_arguments(layer, {0: state.make.call(_SELECT, (source, -1, order), after=source, like=layer)})
+
+
+_SELECT = torch.ops.aten.index_select.default
+_RESHAPE = torch.ops.aten.reshape.default
+
+
+def _solved(layer: fx.Node, weight: torch.Tensor, annotation: dict[str, Any], gram: Gram | None) -> Codes:
+    start = time.perf_counter()
+    try:
+        found = codes_of_weight(weight, annotation, gram)
+    except IncError as e:  # what the algorithm says, and of which layer
+        if e.node is None and e.module is None:
+            raise type(e)(e.message, node=layer, module=module_path(layer), hint=e.hint) from e
+        raise
+    if "error" not in found.notes:
+        return found
+    return replace(found, notes={**found.notes, "seconds": round(time.perf_counter() - start, 4)})
+
+
+def _nbytes(gm: fx.GraphModule, node: fx.Node) -> int:
+    """Bytes of the constants behind a node."""
+    if node.op == "get_attr":
+        return get_tensor(gm, node).nbytes
+    return sum(_nbytes(gm, n) for n in node.all_input_nodes)
+
+
+def _dequantized(state: _State, name: str, codes: Codes, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    """Reads of a constant's codes and of what they mean, and the `dequantize` that puts them together."""
+    shape = codes.carrier.shape
+    block = codes.spec.block(len(shape))
+    q = _read_codes(state, f"{name}_q", codes, like)
+    scale = _param(state, f"{name}_scale", codes.scale, scale_shape(shape, block), like)
+    zero = _param(state, f"{name}_zero_point", codes.zero_point, scale_shape(shape, block), like)
+    args = (q, scale, zero, list(block), codes.spec.qtype, dtype)
+    return state.make.call(DEQUANTIZE, args, after=_last(q, scale, zero), like=like)
+
+
+def _param(
+    state: _State, name: str, value: torch.Tensor | Codes | None, shape: tuple[int, ...], like: fx.Node
+) -> fx.Node | None:
+    """A scale or zero point; one that is quantized itself is dequantized, and then shaped as the block asks for."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return state.make.read(name, value)
+    values = _dequantized(state, name, value, torch.float32, like)
+    if value.carrier.shape == shape:
+        return values
+    return state.make.call(_RESHAPE, (values, list(shape)), after=values, like=like)
+
+
+def _last(*nodes: fx.Node | None) -> fx.Node:
+    """That of the nodes which stands behind the others."""
+    return max(n for n in nodes if n is not None)

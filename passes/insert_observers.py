@@ -4,7 +4,8 @@
                                              `----------------> reader that stays float
 
 Values that share a scale (the inputs of cat) share one observer. The output of a carrier (view, max_pool) is not
-observed: it holds values of its input. A layer whose bias will be corrected gets the mean of its input collected too.
+observed: it holds values of its input. A layer whose bias will be corrected gets the mean of its input collected too;
+one whose weight is rounded against its inputs gets their outer products collected, once for all that read one input.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor, fx, nn
 
 from inc_graph.calibrate import Observer
 from inc_graph.errors import PassError
+from inc_graph.gram import GramObserver
 from inc_graph.graph import erase_dead, inc_meta, module_path, peek_meta, replace_uses, set_level, set_module
 from inc_graph.input_mean import MeanObserver
 from inc_graph.oppattern import pattern_of
-from inc_graph.options import make_estimator
+from inc_graph.options import make_estimator, needs_inputs
 from inc_graph.passes._place import behind, head, stamp
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
@@ -41,6 +43,7 @@ class _State:
     first: fx.Node
     ranks: dict[tuple[str, str], set[int]]  # (group, key) -> ranks of its values
     observers: dict[tuple[str, str], str] = field(default_factory=dict)  # (group, key) -> module name
+    grams: dict[fx.Node, fx.Node] = field(default_factory=dict)  # value -> call of a gram observer
     means: dict[tuple[fx.Node, str], fx.Node] = field(default_factory=dict)  # (value, kind) -> call of a mean observer
 
 
@@ -63,6 +66,8 @@ class InsertObservers(Pass):
                     report.matched.append(value.name)
             if peek_meta(value).get("weight", {}).get("correct_bias"):
                 _observe_mean(state, value)
+            if needs_inputs(peek_meta(value).get("weight", {}).get("algorithm", "")):
+                _observe_gram(state, value)
         erase_dead(gm)  # recompiles
         set_level(gm, "observed")
         return PassResult(gm, True, report)
@@ -98,9 +103,9 @@ def _observe(state: _State, value: fx.Node, key: str, quant: dict[str, Any]) -> 
     replace_uses(value, node, only=readers)
 
 
-def _call(state: _State, module: str | nn.Module, value: fx.Node) -> fx.Node:
+def _call(state: _State, module: str | nn.Module, value: fx.Node, kind: str = "mean") -> fx.Node:
     seen: Any = value.args[0] if value.op == "call_module" else value
-    name = module if isinstance(module, str) else set_module(state.gm, f"mean_{seen.name}", module)
+    name = module if isinstance(module, str) else set_module(state.gm, f"{kind}_{seen.name}", module)
     with behind(state.gm, value, state.first):
         node = state.gm.graph.create_node("call_module", name, (value,), {})
     node.meta["val"] = value.meta["val"]
@@ -117,3 +122,12 @@ def _observe_mean(state: _State, layer: fx.Node) -> None:
     mean = state.means[source, kind]
     layer.args = (mean, *layer.args[1:])
     inc_meta(layer)["weight"]["mean"] = mean.target
+
+
+def _observe_gram(state: _State, layer: fx.Node) -> None:
+    source: Any = layer.args[0]
+    if source not in state.grams:
+        state.grams[source] = _call(state, GramObserver(layer.name, module_path(layer)), source, "gram")
+    gram = state.grams[source]
+    layer.args = (gram, *layer.args[1:])
+    inc_meta(layer)["weight"]["gram"] = gram.target

@@ -67,6 +67,25 @@ REAL = {
         r"strategy='sensitivity' meets it with \d{1,2} of 59 layers float: 0\.000\d+",
         r"evaluations: [12]\d; one per layer would be 59",
     ],
+    "quantize_a_language_model": [
+        r"float32 +│ +(\d\d\.\d\d) │ +424\.7 │",
+        r"4-bit RTN +│ +[34]\d\.\d\d │ +59\.7 │",
+        r"4-bit GPTQ +│ +[23]\d\.\d\d │ +59\.7 │",
+        r"4-bit GPTQ: The three primary colors are.",
+        r"still a LlamaForCausalLM",
+    ],
+    "choose_bits_by_layer": [
+        r"│ 8 +│ +10\.66 │ +[23]\d\.\d │",
+        r"│ 4 +│ +5\.97 │ +1\d\.\d │",
+        r"│ 8, chosen kinds 4 +│ +[789]\.\d\d │ +1\d\.\d │",
+        r"chosen for 4 bits: \w",
+        r"correlation with people: 0\.50\d in float, 0\.(49|5\d)",
+    ],
+    "quantize_a_cnns_weights": [
+        r"float32 +│ 17/20 │ +│ +18\.78 │",
+        r"8-bit +│ (1[789]|20)/20 │ +20\.\d │ +[45]\.\d\d │",
+        r"few are read │ (1[4-9]|20)/20 │ +[4-9]\.\d │ +[234]\.\d\d │",
+    ],
     "choose_range_estimation": [r"minmax \(the defaults\) +│ +2\d\.\d │", r"chosen: histogram MSE"],
 }
 

@@ -16,8 +16,8 @@ __all__ = ["check_model", "refuse_quantized"]
 _FLOAT = "prepare the float model"
 
 
-def check_model(model: Any) -> None:
-    """Refuse what cannot be quantized at all. CaptureError."""
+def check_model(model: Any, empty: bool = False) -> None:
+    """Refuse what cannot be quantized at all. CaptureError. `empty`: parameters may be on the meta device."""
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise CaptureError(f"expected a model, got the class {model.__name__}", hint=f"make one: {model.__name__}(...)")
     if not isinstance(model, nn.Module):
@@ -28,7 +28,7 @@ def check_model(model: Any) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise CaptureError(f"tensor {name!r} has no shape yet", hint="run the model once on an input")
-        if tensor.is_meta:
+        if tensor.is_meta and not (empty and isinstance(tensor, nn.Parameter)):
             raise CaptureError(
                 f"tensor {name!r} is on the meta device and has no values", hint="load the weights first"
             )

@@ -15,14 +15,16 @@ from inc_graph.capture import capture, own_mutated
 from inc_graph.common.mode import Mode
 from inc_graph.errors import CaptureError, ConfigError, IncWarning
 from inc_graph.export import check_model, example_call, export, refuse_quantized, unwrap
+from inc_graph.gram import GramObserver
 from inc_graph.graph import adopt, clone, get_level, is_float, module_path
 from inc_graph.input_mean import MeanObserver
 from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization import module_scope
 from inc_graph.quantization.base_config import BaseConfig
+from inc_graph.quantization.block_inputs import block_inputs_of
 from inc_graph.quantization.composable import as_config
-from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers
+from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers, warn_of_weights
 from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
@@ -113,14 +115,16 @@ def _start_own(
 def _prepare(
     model: nn.Module, quant_config: BaseConfig, inplace: bool, example_inputs: Any, dynamic_shapes: Any, backend: str
 ) -> nn.Module:
-    check_model(model)
+    layerwise = example_inputs is None and not _is_ours(model)
+    check_model(model, empty=layerwise)
     refuse_quantized(model)
     if dynamic_shapes is not None and (_is_ours(model) or example_inputs is None):
         why = "this graph has its shapes already" if _is_ours(model) else "they need example_inputs"
         raise ConfigError(
             f"dynamic_shapes cannot be used here: {why}", hint="give both to export(), or both to prepare()"
         )
-    name, note = choose_backend(backend, detect_device(model))
+    device = detect_device(model)
+    name, note = choose_backend(backend, "cpu" if device == "meta" else device)  # its values are in a file
     if note:
         warnings.warn(note, IncWarning, stacklevel=3)
     recipe = quant_config.recipe(name, BACKENDS.get(name).supported())
@@ -130,7 +134,7 @@ def _prepare(
         return _prepare_graph(gm, bind_predicates(recipe, asked, operators_of(gm)), inplace)
     layers = bind_predicates(recipe, asked, layers_of(model))
     if example_inputs is None:
-        return module_scope.prepare(model, layers, inplace)
+        return module_scope.prepare(model, layers, inplace, quant_config.checkpoint())
     args, kwargs = example_call(model, example_inputs)
     try:
         with progress("export") as step:
@@ -249,7 +253,9 @@ def convert(
         return converted(run_entries(model, plan, Mode.CONVERT), plan)
     level = _level(model)
     if level == "observed":
-        return finish(cast(fx.GraphModule, model), backend)
+        made = finish(cast(fx.GraphModule, model), backend)
+        warn_of_weights(made.report)
+        return made
     if module_scope.is_prepared(model):
         return module_scope.convert(model, backend, inplace)
     done = level in ("qdq", "lowered") or algorithms_of(model) is not None
@@ -340,11 +346,14 @@ def finalize_calibration(model: nn.Module) -> None:
         if isinstance(model, nn.Module) and plan_of(model) is not None:
             raise ConfigError("the methods of this model keep their own statistics", hint="go on with convert")
         raise ConfigError("the model is not prepared, so there is no calibration to end")
-    if not any(o.elements for o in observers):
+    stopped = block_inputs_of(model)
+    if stopped is not None and stopped.calls:
+        stopped.closed = True
+    elif not any(o.elements for o in observers):
         raise no_data()
     for observer in observers:
         if observer.elements or not module_scope.is_prepared(model):
             observer.calculate_qparams()
     for module in model.modules():
-        if isinstance(module, Observer | MeanObserver):
+        if isinstance(module, Observer | MeanObserver | GramObserver):
             module.enabled = False

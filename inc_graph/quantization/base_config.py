@@ -63,6 +63,7 @@ class BaseConfig:
         tuning: Candidates of `get_config_set_for_tuning`.
         on_client: Fields that have other defaults on a client processor.
         operators: Module classes and functions that the algorithm is for.
+        scope: With commas, the operator types that it speaks of if nothing more is said; "": all that it is able to do.
         supported_configs: Filled by `register_supported_configs`.
     """
 
@@ -72,6 +73,7 @@ class BaseConfig:
     tuning: ClassVar[dict[str, list[Any]]] = {}
     on_client: ClassVar[dict[str, Any]] = {}
     operators: ClassVar[tuple[Any, ...]] = ()
+    scope: ClassVar[str] = ""
     supported_configs: ClassVar[list[OperatorConfig]] = []
     params_list: ClassVar[list[str]] = []
     non_tunable_params: ClassVar[list[str]] = ["white_list"]
@@ -450,7 +452,7 @@ class BaseConfig:
         return [
             (name, type_of(name, m))
             for name, m in model.named_modules(remove_duplicate=False)
-            if isinstance(m, kinds) or type(m).__name__ in names
+            if (isinstance(m, kinds) or type(m).__name__ in names) and not getattr(m, "quantized", False)
         ]
 
     def to_config_mapping(
@@ -487,6 +489,11 @@ class BaseConfig:
         text = f"{type(self).__name__}: this version does not have the algorithm '{self.name}'"
         own = not type(self).__module__.startswith("inc_graph.")
         return NotImplementedError(f"{text}: enter yours with register_algo({self.name!r})" if own else text)
+
+    def checkpoint(self) -> str:
+        """The folder that the weights of an empty model are read from; "" if the config names none."""
+        members = [c for m in self._members() for c in (m, *m._local.values())]
+        return next((path for c in members if (path := vars(c).get("model_path"))), "")
 
     def implied(self) -> tuple[tuple[str, BaseConfig], ...]:
         """Settings by name that the fields imply, such as a float head; any setting of the user's is stronger."""

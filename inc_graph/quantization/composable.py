@@ -158,7 +158,8 @@ class ComposableConfig(BaseConfig):
         if len({(r.prepare, r.convert) for r in recipes}) > 1:
             methods = ", ".join(dict.fromkeys(r.method for r in recipes))
             raise NotImplementedError(f"this version does not do {methods} in one model")
-        return replace(recipes[0], rules=self.rules())
+        limited = next((r.supported for r in recipes if r.supported is not None), None)
+        return replace(recipes[0], rules=self.rules(), supported=limited)
 
     def _members(self) -> Sequence[BaseConfig]:
         return self._configs

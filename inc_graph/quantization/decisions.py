@@ -12,7 +12,8 @@ from inc_graph.errors import ConfigError
 from inc_graph.graph import module_path, peek_meta
 from inc_graph.oppattern import pattern_of
 from inc_graph.recipe import OpQuant, Recipe, get_recipe
-from inc_graph.report import printed, read_graph, type_of
+from inc_graph.report import read_graph, type_of
+from inc_graph.tables import printed
 
 __all__ = ["Decision", "Decisions", "decisions_of"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 
 from torch import fx, nn
@@ -10,24 +11,27 @@ from torch import fx, nn
 from inc_graph.batches import no_batches
 from inc_graph.calibrate import Observer
 from inc_graph.capture import own_mutated
-from inc_graph.errors import CalibrationError
+from inc_graph.errors import CalibrationError, IncWarning
+from inc_graph.gram import GramObserver
 from inc_graph.graph import clone, get_tensor, mutated_attrs
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.tied import tied_in_graph
 from inc_graph.recipe import get_recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import Report, attribute_bytes, read_graph, with_activations
 from inc_graph.utils.device import choose_backend
 from inc_graph.utils.progress import progress
+from inc_graph.weight_report import low_ranks, weight_lines
 
-__all__ = ["assemble", "finish", "lower", "no_data", "observers_of", "remember_buffers"]
+__all__ = ["assemble", "finish", "lower", "no_data", "observers_of", "remember_buffers", "warn_of_weights"]
 
 INITIAL = "inc_initial"
 
 
-def observers_of(model: nn.Module) -> list[Observer]:
-    """The observers in a prepared model."""
-    return [m for m in model.modules() if isinstance(m, Observer)]
+def observers_of(model: nn.Module) -> list[Observer | GramObserver]:
+    """The observers in a prepared model, each of which has to see data."""
+    return [m for m in model.modules() if isinstance(m, Observer | GramObserver)]
 
 
 def no_data() -> CalibrationError:
@@ -71,7 +75,15 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
         step(f"lower to {name}")
         facts = observed.meta["inc"]
         timings = [*map(tuple, facts.get("timings", [])), *result.timings]
-        return assemble(result.graph, name, recipe.method, timings, facts.get("bytes_before", 0))
+        model = assemble(result.graph, name, recipe.method, timings, facts.get("bytes_before", 0))
+        model.report.notes += tied_in_graph(observed)
+        return model
+
+
+def warn_of_weights(report: Report) -> None:
+    """Say which layers had too little calibration data for what was done to them."""
+    if (text := low_ranks(report.weights)) is not None:
+        warnings.warn(f"{text}; run more data through the prepared model", IncWarning, stacklevel=4)
 
 
 def assemble(
@@ -90,6 +102,7 @@ def assemble(
     report = Report(method, backend, bytes_before=bytes_before)
     report.timings = [*timings, ("lower", time.perf_counter() - start)]
     quantized, report.floats = read_graph(qdq)
+    report.weights = weight_lines(qdq)
     kernels, absorbed = lowered.report.kernels, lowered.report.absorbed
     default = (
         "the reference backend has no kernels"

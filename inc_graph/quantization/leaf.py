@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from inc_graph.capture import capture
 from inc_graph.errors import CaptureError, IncError
-from inc_graph.graph import clone, get_tensor
+from inc_graph.graph import get_tensor, val
 from inc_graph.oppattern import argument, pattern_of
-from inc_graph.ops import is_dequantize
 from inc_graph.quantization import branches
 from inc_graph.quantization.branches import stays_float
 from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.read_only import ReadOnly
 
-__all__ = ["Captures", "Form", "Leaf", "form_of", "is_layer", "unfit"]
+__all__ = ["Form", "Leaf", "form_of", "is_layer", "unfit"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Embedding, *_CONVS)
@@ -29,8 +28,11 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether module scope looks at this module: Linear, Conv*, Embedding, and the Conv1D of HF transformers."""
-    return isinstance(module, _LAYERS) or _is_hf_conv1d(module)
+    """Whether module scope looks at this module: Linear, Conv*, Embedding, and the Conv1D of HF transformers.
+
+    A quantized layer is none, although it is an `nn.Linear` to `isinstance`.
+    """
+    return not isinstance(module, Leaf) and (isinstance(module, _LAYERS) or _is_hf_conv1d(module))
 
 
 def unfit(module: nn.Module, parent: nn.Module | None) -> str | None:
@@ -113,44 +115,14 @@ def form_of(module: nn.Module) -> tuple[Form, Tensor, dict[int, Any]]:
     return form, torch.zeros(6, size, dtype=weight.dtype, device=weight.device), {0: dynamic}
 
 
-class Captures:
-    """One export for all layers of one form: the graphs differ in their tensors only."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, fx.GraphModule] = {}
-
-    def get(self, module: nn.Module, path: str, example: Tensor, dims: dict[int, Any]) -> fx.GraphModule:
-        """The float graph of a layer; its parameters are the layer's own. CaptureError, which names the layer."""
-        tensors = {n: (tuple(t.shape), t.dtype, t.device) for n, t in module.named_parameters()}
-        key = (type(module), repr(module), tuple(sorted(tensors.items(), key=str)))
-        if key not in self._known:
-            try:
-                self._known[key] = capture(_bare(module), (example,), dynamic_shapes=(dims,))
-            except CaptureError as e:
-                raise CaptureError(e.message, module=path, hint=e.hint) from e
-        gm = clone(self._known[key])
-        for name, tensor in module.named_parameters():
-            if name in gm._parameters:
-                gm._parameters[name] = tensor
-        gm._forward_pre_hooks.clear()  # the leaf checks its input itself
-        gm._forward_pre_hooks_with_kwargs.clear()
-        return gm
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    """The module without the user's hooks, which are no part of the layer; same tensors."""
-    bare = copy.copy(module)
-    for name, value in vars(module).items():
-        if "_hooks" in name and isinstance(value, dict):
-            bare.__dict__[name] = type(value)()
-    return bare
-
-
 def _constant(gm: fx.GraphModule, node: fx.Node) -> Any:
     """The value of a node that depends on constants only."""
     if node.op == "get_attr":
         return get_tensor(gm, node)
     return node.target(*fx.map_arg(node.args, lambda n: _constant(gm, n)))  # type: ignore[operator]
+
+
+_SELECT = torch.ops.aten.index_select.default
 
 
 def _autocast_is_on(device: str) -> bool:
@@ -164,8 +136,11 @@ class Leaf(nn.Module):
     unpacked and dequantized at each access.
     """
 
+    quantized: ClassVar[bool] = True
+    """Tells it from a float layer, which it is to `isinstance` as well."""
+
     def __init__(self, inner: nn.Module, form: Form, path: str, original: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not what a subclass inherits from the float layer
         self.inner, self.form, self.path = inner, form, path
         self.reason: str | None = None  # why it has to stay float, from how it is called
         self.number = branches.enroll(self)
@@ -177,7 +152,7 @@ class Leaf(nn.Module):
         self.eval()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        nn.Module.__setstate__(self, state)
         self.number = branches.enroll(self)  # a copy is another leaf
 
     def _take_hooks(self, other: nn.Module) -> None:
@@ -189,7 +164,7 @@ class Leaf(nn.Module):
     def converted(self, inner: QuantizedModel) -> Leaf:
         """The leaf that runs `inner`; it does not hold the float layer any more."""
         original = self._original[0]
-        leaf = Leaf(inner, self.form, self.path, self)
+        leaf = _class_for(type(original))(inner, self.form, self.path, self)
         leaf._facts = {
             k: v for k, v in vars(original).items() if not k.startswith("_") and not isinstance(v, Tensor | nn.Module)
         }
@@ -204,7 +179,7 @@ class Leaf(nn.Module):
         cls, inner: QuantizedModel, form: Form, path: str, original: nn.Module, attributes: dict[str, Any]
     ) -> Leaf:
         """A converted leaf from its parts; hooks are those of the float layer that it replaces."""
-        leaf = cls(inner, form, path, original)
+        leaf = _class_for(type(original))(inner, form, path, original)
         leaf._facts, leaf._original = attributes, ()
         return leaf
 
@@ -270,17 +245,68 @@ class Leaf(nn.Module):
     def _tensor(self, name: str) -> Tensor | None:
         """Weight or bias as the kernels see it, in the shape that the layer had it."""
         inner: Any = self.inner
-        gm = inner.graph
+        gm, packed = inner.parts()
         layer = next(n for n in gm.graph.nodes if (p := pattern_of(n)) is not None and p.weight is not None)
         position = pattern_of(layer).weight if name == "weight" else 2  # type: ignore[union-attr]
         read = argument(layer, position or 0)
         if read is None:
             return None
-        if is_dequantize(read):
-            value = _constant(gm, read)
-        else:
-            value = get_tensor(gm, read)
-        return value.t() if name == "weight" and self._facts["transposed"] else value
+        source = argument(layer, 0)
+        order = argument(source, 2) if name == "weight" and source.target is _SELECT else None
+        transposed = name == "weight" and self._facts["transposed"]
+
+        def values() -> Tensor:
+            full = inner.graph if packed else gm
+            value: Tensor = _constant(full, read)
+            if order is not None:  # the codes are those of the input channels in this order
+                value = torch.empty_like(value).index_copy_(1, get_tensor(full, order), value)
+            return value.t() if transposed else value
+
+        return ReadOnly.of(val(read).t() if transposed else val(read), values)
+
+    # ------------------------------------------------------------------------------- as other modules see it
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Leaf:
+        """A converted leaf takes inputs of the dtype that it was moved to."""
+        nn.Module._apply(self, fn, recurse)
+        if isinstance(self.inner, QuantizedModel) and self.form.kind != "index":
+            x = next(iter(self.inner.parts()[0].graph.find_nodes(op="placeholder")))
+            self.form = replace(self.form, dtype=val(x).dtype)
+        return self
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Of a converted leaf the tensors of its graph, under the name of the layer itself."""
+        keep: dict[str, Any] = {"destination": destination, "prefix": prefix, "keep_vars": keep_vars}
+        if isinstance(self.inner, QuantizedModel) and not self.inner.fixed:
+            return self.inner.state_dict(*args, **keep)
+        return nn.Module.state_dict(self, *args, **keep)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if isinstance(self.inner, QuantizedModel) and not self.inner.fixed:
+            for key in [k for k in state_dict if k.startswith(prefix)]:
+                state_dict[f"{prefix}inner.{key[len(prefix) :]}"] = state_dict.pop(key)
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
+
+    def reset_parameters(self) -> None:
+        """What a float layer has, and this cannot."""
+        raise IncError("the weight of a quantized layer cannot be set anew", module=self.path)
 
     def extra_repr(self) -> str:
         return self.path
+
+
+def _class_for(kind: type[nn.Module]) -> type[Leaf]:
+    """The class of the converted leaf in the place of a `kind`: what looks for layers of that kind, such as LoRA
+    adapters, finds it. Called with the arguments of a `kind`, it makes a float layer."""
+    base = next(c for c in kind.__mro__ if c in _LAYERS or c.__name__ == "Conv1D")
+    if base not in _CLASSES:
+
+        def new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+            return base(*args, **kwargs) if args and not isinstance(args[0], nn.Module) else object.__new__(cls)
+
+        name = f"Quantized{base.__name__}"
+        facts = {"__module__": __name__, "__doc__": f"A converted {base.__name__}.", "__new__": new}
+        _CLASSES[base] = globals()[name] = type(name, (Leaf, base), facts)  # pickle looks it up here, then is refused
+    return _CLASSES[base]
+
+
+_CLASSES: dict[type[nn.Module], type[Leaf]] = {}

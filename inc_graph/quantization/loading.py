@@ -29,6 +29,8 @@ from inc_graph.utils.progress import progress
 
 __all__ = ["load", "save"]
 
+QuantizedModel.assemble = staticmethod(assemble)
+
 
 def save(model: nn.Module, checkpoint_dir: Any = "saved_results", format: Any = "default", **options: Any) -> None:
     """Write a converted model to a folder; the same as `model.save`.

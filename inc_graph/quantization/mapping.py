@@ -52,7 +52,7 @@ def entries_of(configs: Sequence[Any]) -> list[Entry]:
 def _entries(config: Any) -> list[Entry]:
     plain = config.global_config
     everything = config.white_list == DEFAULT_WHITE_LIST
-    found = [Entry(Where(), plain) if everything else Entry(Where(), None, WHITE_LIST)]
+    found = [Entry(Where("all", config.scope), plain) if everything else Entry(Where(), None, WHITE_LIST)]
     found += [Entry(Where("implied", name), inner, f"{config.name} by default") for name, inner in config.implied()]
     if not everything:
         found += [Entry(where_of(key), plain, ENTRY + shown(key), key) for key in config.white_list]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
 from inc_graph.capture import own_mutated
 from inc_graph.errors import IncError
-from inc_graph.graph import clone
+from inc_graph.graph import clone, get_attr
 from inc_graph.quantization.decisions import Decisions, decisions_of
+from inc_graph.quantization.moving import Once, moved
 from inc_graph.quantization.pickling import NotPickled
-from inc_graph.quantization.saved import destination, save_graph
-from inc_graph.report import Report
+from inc_graph.quantization.saved import destination, device_of, save_graph
+from inc_graph.quantization.state import load_tensors
+from inc_graph.report import Report, attribute_bytes
+from inc_graph.utils.device import choose_backend
 
 __all__ = ["QuantizedModel", "all_or_nothing"]
 
@@ -26,8 +30,12 @@ class QuantizedModel(nn.Module):
 
     Weights are kept once, in the form that the backend's kernels read (a table tied to an output head in two: rows to
     look up, and packed). `graph` gives the device-agnostic Q-DQ graph back: what is packed is unpacked at that moment,
-    other tensors are shared. The model stays on its device, in its dtypes and in eval mode: kernels hold constants that
-    cannot follow. It can be copied and saved (`save`), and not be pickled.
+    other tensors are shared. It can be copied and saved (`save`), and not be pickled.
+
+    A model whose kernels hold weights in a layout of their own (`fixed`) stays on its device, in its dtypes and in eval
+    mode. Any other one, with weights quantized only, goes where `to`, `half`, ... want it: biases, inputs and what is
+    computed follow, codes and scales keep their dtype, and the graph is lowered anew. Gradients flow through it to its
+    inputs, in train mode as well; what it computes does not depend on the mode.
 
     Args:
         qdq: Taken over: not to be used by anyone else afterwards. Need not be recompiled.
@@ -38,6 +46,9 @@ class QuantizedModel(nn.Module):
         report: What was quantized, what runs in which kernel, what stayed float and why.
         backend: Name of the backend that `forward` runs on.
     """
+
+    assemble: ClassVar[Callable[..., QuantizedModel]]
+    """`finish.assemble`, which makes these models; a model that has moved is lowered by it once more."""
 
     def __init__(
         self,
@@ -58,6 +69,7 @@ class QuantizedModel(nn.Module):
         self._qdq = [qdq]  # not a submodule: its tensors are those of the lowered graph, or packed in it
         self.lowered = lowered
         self._for_compile = [for_compile or lowered]  # the same tensors once more: not a submodule either
+        self._home = (torch.device(device_of(qdq)).type, self.backend)  # what was asked for, and where
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,19 +111,33 @@ class QuantizedModel(nn.Module):
         where, limit = destination(checkpoint_dir, format, options)
         save_graph(self, where, limit)
 
+    @property
+    def fixed(self) -> bool:
+        """Whether kernels hold something that can follow neither to another device nor to another dtype."""
+        reads = self.lowered.graph.find_nodes(op="get_attr")
+        known = torch.Tensor | nn.Module
+        return bool(self._packed) or not all(isinstance(get_attr(self.lowered, str(n.target)), known) for n in reads)
+
     def train(self, mode: bool = True) -> QuantizedModel:
-        """A converted model is for inference; `train(True)` is refused."""
-        if mode:
+        """The mode changes nothing that is computed. `train(True)` is refused where kernels hold packed weights."""
+        if mode and self.fixed:
             raise _no_training()
-        return super().train(False)
+        return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedModel:
-        """What `to`, `half` and `cuda` go through: only what changes neither dtype nor device."""
-        self.check_move(fn)
-        return super()._apply(fn, recurse)
+        """What `to`, `half` and `cuda` go through. A `fixed` model takes what changes neither dtype nor device."""
+        if self.fixed:
+            self.check_move(fn)
+            return super()._apply(fn, recurse)
+        qdq = moved(self._qdq[0], fn if isinstance(fn, Once) else Once(fn))
+        if qdq is not None:
+            self._lower(qdq)
+        return self
 
     def check_move(self, fn: Callable[..., Any]) -> None:
-        """IncError if `fn`, which `_apply` would give each tensor, changes dtype or device."""
+        """IncError if `fn`, which `_apply` would give each tensor, changes the dtype or device of a `fixed` model."""
+        if not self.fixed:
+            return
         own = next((t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), torch.empty(0))
         probe = own.new_empty(1)
         there = fn(probe)
@@ -119,6 +145,65 @@ class QuantizedModel(nn.Module):
             change = f"{probe.dtype} on {probe.device} to {there.dtype} on {there.device}"
             hint = "move the float model, then quantize it there"
             raise IncError(f"a converted model cannot go from {change}", hint=hint)
+
+    def _lower(self, qdq: fx.GraphModule) -> None:
+        """Become the model of another Q-DQ graph: the same operators, other tensors."""
+        home, backend = self._home
+        place = torch.device(device_of(qdq)).type
+        if place != home:  # on "meta" there is nothing that a kernel could read
+            backend = "eager" if place == "meta" else choose_backend("auto", place)[0]
+        trained = {name for name, p in self.lowered.named_parameters() if p.requires_grad}
+        timings = [t for t in self.report.timings if t[0] != "lower"]
+        new = type(self).assemble(qdq, backend, self.report.method, timings, self.report.bytes_before)
+        new.report.notes = self.report.notes
+        self.report.__dict__.update(new.report.__dict__)
+        for name, parameter in new.lowered.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self.lowered = new.lowered.train(self.training)
+        self._qdq, self._for_compile, self._packed, self.backend = new._qdq, new._for_compile, new._packed, new.backend
+
+    def share(self, other: QuantizedModel) -> bool:
+        """Take the codes and scales of another model for one's own; False, and nothing done, if they are not equal."""
+        ours, theirs = (dict(m._qdq[0].named_buffers()) for m in (self, other))
+        if self.fixed or other.fixed or not ours or set(ours) != set(theirs):
+            return False
+        same = all(a.dtype == theirs[n].dtype and torch.equal(a, theirs[n]) for n, a in ours.items())
+        if same:
+            qdq, *_ = load_tensors(self._qdq[0], theirs, assign=True)
+            assert qdq is not None
+            self._lower(qdq)
+        return same
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Tensors by the names that the Q-DQ graph has for them; of a `fixed` model those that are not packed."""
+        if self.fixed:
+            return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        graph = self._qdq[0]
+        return nn.Module.state_dict(graph, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.fixed:
+            lists = (missing_keys, unexpected_keys, error_msgs)
+            return super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        own = {k[len(prefix) :]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
+        assign = bool(local_metadata.get("assign_to_params_buffers"))
+        qdq, missing, unexpected, errors = load_tensors(self._qdq[0], own, assign)
+        missing_keys += [prefix + k for k in missing]
+        unexpected_keys += [prefix + k for k in unexpected]
+        error_msgs += [f"{prefix}{text}" for text in errors]
+        if qdq is not None:
+            self._lower(qdq)
+        # torch goes on with `lowered`, which is done
+        state_dict.update({f"{prefix}lowered.{k}": t for k, t in self.lowered.state_dict().items()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
         new = memo[id(self)] = type(self).__new__(type(self))
@@ -146,22 +231,44 @@ def _no_training() -> IncError:
 def all_or_nothing(model: nn.Module) -> None:
     """Let `train`, `to`, `half`, ... of a model, or of a part of it, ask its `QuantizedModel`s before anything changes.
 
-    A part of them refuses; its siblings would be in another dtype by then, and the model would not run any more.
+    Some of them refuse; their siblings would be in another dtype by then, and the model would not run any more. The
+    report of the model is kept true, too.
     """
     for module in model.modules():
         if not isinstance(module, QuantizedModel) and any(isinstance(m, QuantizedModel) for m in module.modules()):
-            for name, method in (("train", _train), ("_apply", _apply_to_all)):
+            for name, method in (("train", _train), ("_apply", _apply_to_all), ("load_state_dict", _load)):
                 module.__dict__.setdefault(name, types.MethodType(method, module))
 
 
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:
-    if mode:
+    if mode and any(m.fixed for m in self.modules() if isinstance(m, QuantizedModel)):
         raise _no_training()
     return type(self).train(self, mode)
 
 
 def _apply_to_all(self: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
-    for module in self.modules() if recurse else ():
-        if isinstance(module, QuantizedModel):
+    with _telling(self) as inside:
+        for module in inside if recurse else ():
             module.check_move(fn)
-    return type(self)._apply(self, fn, recurse)
+        return type(self)._apply(self, fn if isinstance(fn, Once) else Once(fn), recurse)
+
+
+def _load(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with _telling(self):
+        return type(self).load_state_dict(self, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _telling(model: nn.Module) -> Iterator[list[QuantizedModel]]:
+    """The quantized layers; the report of the model is written anew if one of them is lowered anew."""
+    inside = [m for m in model.modules() if isinstance(m, QuantizedModel)]
+    before = [m.lowered for m in inside]
+    yield inside
+    report = next(
+        (r for n in ("quantization_report", "report") if isinstance(r := model.__dict__.get(n), Report)), None
+    )
+    if report is not None and any(m.lowered is not old for m, old in zip(inside, before, strict=True)):
+        report.backend = inside[0].backend
+        report.kernels = [line for m in inside for line in m.report.kernels]
+        report.reference = [line for m in inside for line in m.report.reference]
+        report.bytes_after = attribute_bytes(model)

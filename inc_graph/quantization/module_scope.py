@@ -8,6 +8,7 @@ the same passes and lowerings run; the model keeps its class, its methods and it
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,15 +18,21 @@ from torch import fx, nn
 
 from inc_graph.batches import no_batches, one_batch_a_call
 from inc_graph.errors import CaptureError, ConfigError, IncWarning, UnusedRuleWarning
-from inc_graph.oppattern import Named, pattern_of, types_of_module
+from inc_graph.oppattern import Named, pattern_of, pattern_of_module, types_of_module
 from inc_graph.passmanager import Pipeline
-from inc_graph.quantization.finish import finish, no_data, observers_of
+from inc_graph.quantization import block_inputs
+from inc_graph.quantization.block_by_block import BlockByBlock
+from inc_graph.quantization.block_inputs import block_inputs_of, stop_at_blocks
+from inc_graph.quantization.captures import Captures
+from inc_graph.quantization.finish import finish, no_data, observers_of, warn_of_weights
 from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, own_copy, put
-from inc_graph.quantization.leaf import Captures, Leaf, form_of, is_layer, unfit
+from inc_graph.quantization.leaf import Leaf, form_of, is_layer, unfit
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
-from inc_graph.recipe import Recipe, WhereRule, in_vain, set_recipe
+from inc_graph.quantization.streaming import Source, checkpoint_for, fill_rest, filled, float_layer, held, stream
+from inc_graph.quantization.tied import share_codes, tied_layers
+from inc_graph.recipe import Recipe, WhereRule, decide, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 from inc_graph.utils.progress import progress
 
@@ -47,10 +54,11 @@ class _Facts:
     flags: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # (module, attribute, value before)
 
 
-def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
+def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "") -> nn.Module:
     """Replace each layer that the recipe quantizes by its observed graph. All or nothing.
 
-    A model that is one layer itself cannot become another object: it gives a `Leaf` and stays as it is.
+    A model that is one layer itself cannot become another object: it gives a `Leaf` and stays as it is. Parameters
+    without values are read from the checkpoint at `model_path` (see `streaming`).
 
     Raises:
         ConfigError: if no layer is quantized; with the reasons.
@@ -58,8 +66,9 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
     """
     if not inplace:
         model = own_copy(model)
+    source = checkpoint_for(model, model_path)
     facts = _Facts(recipe, [], attribute_bytes(model))
-    plan = _plan(model, facts)
+    plan = _plan(model, facts, source)
     if not any(new is not None for _, new in plan):
         reasons = "; ".join(dict.fromkeys(f"{f.op}: {f.detail}" for f in facts.floats)) or _NO_LAYER
         hint = "give example_inputs, so that functional operators are seen, or change the config"
@@ -73,14 +82,17 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool) -> nn.Module:
     ]
     for paths, new in plan:
         model = put(model, paths, new)
+    if source is not None:
+        fill_rest(model, source, [path for paths in leaves(model).values() for path in paths])
     facts.flags = call_every_layer(model)
     model.__dict__[_MARK] = facts
     one_batch_a_call(model)
+    stop_at_blocks(model, leaves(model))
     return model
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
-def _plan(model: nn.Module, facts: _Facts) -> list[tuple[list[str], Leaf | None]]:
+def _plan(model: nn.Module, facts: _Facts, source: Source | None) -> list[tuple[list[str], Leaf | None]]:
     """(paths, leaf) of every layer; nothing is changed. What stays float goes into `facts.floats`."""
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -91,9 +103,12 @@ def _plan(model: nn.Module, facts: _Facts) -> list[tuple[list[str], Leaf | None]
         warnings.simplefilter("ignore", UnusedRuleWarning)  # each small graph would warn of rules for the others
         for module, names in paths.items():
             step(names[0])
-            plan.append((names, _leaf(model, module, names, captures, facts, matched)))
+            leaf = _leaf(model, filled(module, source), names, captures, facts, matched)
+            if leaf is not None and leaf.original is not module and source is not None:
+                stream(leaf, source, module)
+            plan.append((names, leaf))
     for i, rule in enumerate(facts.recipe.rules):
-        if rule.where.kind != "all" and i not in matched:
+        if rule.where.kind not in ("all", "implied") and i not in matched:
             message = f"{rule.origin or rule.where} matched no operator of the model"
             warnings.warn(message, UnusedRuleWarning, stacklevel=5)
     operators = [Named(p, p, types_of_module(type(m)), True) for m, names in paths.items() for p in names]
@@ -113,6 +128,11 @@ def _leaf(
     kind = type(module).__name__
     if (reason := unfit(module, parent)) is not None:
         facts.floats.append(OpLine(names[0], names[0], kind, reason))
+        return None
+    if (by_name := _float_by_name(module, names, facts.recipe)) is not None:
+        op, reason, spoken = by_name
+        facts.floats.append(OpLine(names[0], names[0], op, reason))
+        matched.update(spoken)
         return None
     form, example, dims = form_of(module)
     try:
@@ -140,6 +160,18 @@ def _leaf(
     return Leaf(result.graph, form, names[0], module)
 
 
+def _float_by_name(module: nn.Module, names: list[str], recipe: Recipe) -> tuple[str, str, set[int]] | None:
+    """(operator type, reason, rules that speak of it) of a layer that stays float whatever is in it: it is not even
+    captured. None if it may be quantized."""
+    pattern = pattern_of_module(type(module))
+    operators = [Named(name, name, types_of_module(type(module)), True) for name in names]
+    reasons = [recipe.why_float(decide(recipe.rules, op)) for op in operators]
+    if pattern is None or not all(reasons):
+        return None
+    spoken = {i for i, rule in enumerate(recipe.rules) if any(rule.where.fit(op) is not None for op in operators)}
+    return pattern.name, str(reasons[0]), spoken
+
+
 def _rules_for(gm: fx.GraphModule, name: str, module: nn.Module, rules: tuple[WhereRule, ...]) -> set[int]:
     """Give the graph's operators the path `name`; the indices of the rules that speak of one of them."""
     stack = {name: (name, type(module))}
@@ -157,6 +189,7 @@ def is_prepared(model: nn.Module) -> bool:
 def undo(model: nn.Module) -> nn.Module:
     """Put the float layers back: the model as it was before `prepare`."""
     facts: _Facts = model.__dict__.pop(_MARK)
+    block_inputs.undo(model)
     no_batches(model)
     for leaf, paths in leaves(model).items():
         model = put(model, paths, leaf.original)
@@ -175,34 +208,50 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     found = leaves(model)
     if all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
         raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
+    stopped = block_inputs_of(model)
+    blocks = BlockByBlock(model, stopped, found) if stopped is not None and stopped.calls else None
     watched = {leaf: observers_of(leaf) for leaf in found}
-    if any(watched.values()) and not any(o.elements for observers in watched.values() for o in observers):
+    tied = tied_layers(model)
+    if blocks is None and any(watched.values()) and not any(o.elements for os in watched.values() for o in os):
         raise no_data()
     facts: _Facts = model.__dict__[_MARK]
     report = Report(facts.recipe.method, "", floats=list(facts.floats), bytes_before=facts.bytes_before, notes=[_NOTE])
+    if stopped is not None and stopped.chain:
+        report.notes.append(
+            f"layers were rounded on their inputs in the float model, not block by block: {stopped.chain}"
+        )
     timings = Counter(facts.timings)
     new: dict[Leaf, nn.Module] = {}
     missing: list[str] = []
     with progress("convert", len(found)) as step:
-        for leaf, observers in watched.items():
+        for leaf in found if blocks is None else blocks.order():
             step(leaf.path)
+            start = time.perf_counter()
+            if blocks is not None:
+                blocks.before(leaf)
             reason = leaf.reason
-            if reason is None and not all(o.elements for o in observers):
+            if reason is None and not all(o.elements for o in watched[leaf]):
                 reason = "no calibration data reached it: it was never called, or only with empty inputs"
                 missing.append(leaf.path)
+            timings["calibrate"] += time.perf_counter() - start  # type: ignore[assignment]
             if reason is not None:
-                new[leaf] = leaf.original  # type: ignore[assignment]
+                new[leaf] = float_layer(leaf)
                 report.floats += [OpLine(x.name, leaf.path, x.op, reason) for x in read_graph(leaf.inner)[0]]  # type: ignore[arg-type]
                 continue
-            part = finish(leaf.inner, backend, show=False)  # type: ignore[arg-type]
-            new[leaf] = leaf.converted(part)
+            with held(leaf):
+                part = finish(leaf.inner, backend, show=False)  # type: ignore[arg-type]
+            new[leaf] = converted = leaf.converted(part)
+            if blocks is not None:
+                blocks.after(leaf, converted)
             report.backend = part.report.backend
             report.kernels += part.report.kernels
             lines = part.report.recipe
             report.recipe = lines if report.recipe is None else report.recipe + lines
             report.reference += part.report.reference
+            report.weights += part.report.weights
             for name, seconds in part.report.timings:
                 timings[name] += seconds  # type: ignore[assignment]
+    report.notes += share_codes(tied, new)
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         warnings.warn(
@@ -217,8 +266,10 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
             memo[id(leaf)] = copy.deepcopy(module, memo) if module is leaf.original else module
         model = copy.deepcopy(model, memo)
     model.__dict__.pop(_MARK, None)
+    block_inputs.undo(model)
     no_batches(model)
     report.timings = list(timings.items())
     report.bytes_after = attribute_bytes(model)
     keep_report(model, report)
+    warn_of_weights(report)
     return model

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from inc_graph.graph import insert_call, insert_get_attr, set_level, set_tensor
 from inc_graph.lowering._onednn import Int8Layer
 from inc_graph.numerics import affine_qparams, choose_qparams, quantize
-from inc_graph.ops import DEQUANTIZE, QUANTIZE
+from inc_graph.ops import DEQUANTIZE, QUANTIZE, UNPACK
+from inc_graph.packing import pack
 from inc_graph.qtypes import get_qtype
 from inc_graph.registry import BACKENDS
 from inc_graph.text import to_text
@@ -84,10 +85,14 @@ class Builder:
     def weight(
         self, w: Tensor, qtype: str = "int8", block: list[int] | None = None, scheme: str = "symmetric"
     ) -> fx.Node:
-        """A quantized weight; `block` defaults to one scale per entry of dimension 0."""
+        """A quantized weight as convert-qdq writes it; `block` defaults to one scale per entry of dimension 0."""
         block = block or [1] + [-1] * (w.ndim - 1)
         scale, zero = choose_qparams(w.float(), block, qtype, scheme)
-        q = self.const(quantize(w.float(), scale, zero, block, qtype), "weight_q")
+        codes = quantize(w.float(), scale, zero, block, qtype)
+        if get_qtype(qtype).storage_bits < 8:
+            q = self.call(UNPACK, self.const(pack(codes, qtype), "weight_q"), qtype, list(w.shape))
+        else:
+            q = self.const(codes, "weight_q")
         z = None if scheme == "symmetric" else self.const(zero, "weight_zero")
         return self.call(DEQUANTIZE, q, self.const(scale, "weight_scale"), z, block, qtype, w.dtype)
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from inc_graph.errors import ConfigError
 from inc_graph.quantization.base_config import BaseConfig, register_config
 from inc_graph.quantization.fields import (
     Field,
@@ -19,6 +20,8 @@ from inc_graph.quantization.fields import (
     anything,
     either,
 )
+from inc_graph.recipe import OpQuant, Recipe
+from inc_graph.spec import PerGroup, QSpec
 
 __all__ = ["LM_HEAD_NAMES", "AWQConfig", "AutoRoundConfig", "GPTQConfig", "HQQConfig", "RTNConfig", "TEQConfig"]
 
@@ -69,13 +72,83 @@ def _double(sym: bool) -> dict[str, Field]:
     }
 
 
+_FORMATS = {
+    "fp4": "fp4_bnb", "fp4_e2m1_bnb": "fp4_bnb", "fp4_e2m1": "fp4", "nf4": "nf4",
+    "fp8_e4m3": "fp8_e4m3", "fp8_e4m3fn": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2",
+    "fp8_e4m3fnuz": "fp8_e4m3fnuz", "fp8_e5m2fnuz": "fp8_e5m2fnuz",
+}  # fmt: skip
+"""Weight types that are no integers -> qtypes."""
+
+
+def weight_format(config: Any) -> QSpec:
+    """The number format that `dtype`, `bits`, `use_sym`, `group_size` and `group_dim` stand for."""
+    groups = PerGroup(config.group_size, 0 if getattr(config, "group_dim", config.default_group_dim) == 0 else -1)
+    if (qtype := _FORMATS.get(config.dtype)) is not None:
+        return QSpec(qtype, "symmetric", groups)
+    return QSpec(
+        *integer_format(type(config).__name__, config.dtype, config.bits, getattr(config, "use_sym", False)), groups
+    )
+
+
+def integer_format(owner: str, dtype: str, bits: int, symmetric: bool) -> tuple[str, str]:
+    """(qtype, scheme) of an integer of so many bits; `dtype` may have its own width ("int4")."""
+    bits = int(dtype.removeprefix("int") or bits)
+    if not 2 <= bits <= 8:
+        raise ConfigError(f"{owner}: integers of {bits} bits cannot be had", hint="bits from 2 to 8, or dtype='nf4'")
+    return (f"int{bits}", "symmetric") if symmetric else (f"uint{bits}", "asymmetric")
+
+
+def scale_options(config: Any) -> dict[str, Any]:
+    """What `use_double_quant` and its fields are as options of the algorithm."""
+    if not config.use_double_quant:
+        return {}
+    dtype, scheme = config.double_quant_dtype, "symmetric" if config.double_quant_use_sym else "asymmetric"
+    if dtype not in ("int", "int2", "int3", "int4", "int8"):
+        raise ConfigError(
+            f"{type(config).__name__}.double_quant_dtype {dtype!r} cannot be had for scales",
+            hint="'int' with double_quant_bits",
+        )
+    qtype, _ = integer_format(type(config).__name__, dtype, config.double_quant_bits, config.double_quant_use_sym)
+    return {"scale_type": qtype, "scale_scheme": scheme, "scale_group": config.double_quant_group_size}
+
+
+def written(name: str, **options: Any) -> str:
+    """An algorithm as text, with the options that are not False."""
+    said = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items() if v is not False)
+    return f"{name}{{{said}}}" if said else name
+
+
 class WeightOnlyConfig(BaseConfig):
     """Base of the weight-only configs: linear layers, without the output layer of a language model by default."""
 
     operators: ClassVar[tuple[Any, ...]] = (torch.nn.Linear, "Conv1D")
+    scope: ClassVar[str] = "linear,Conv1D"
+    default_group_dim: ClassVar[int] = 1  # of configs without the field
 
     def leaves_float(self) -> bool:
         return getattr(self, "dtype", None) == "fp32"
+
+    def algorithm(self) -> str | None:
+        """The weight algorithm with its options, as recipes name it; None if this version does not have it."""
+        return None
+
+    def op_quant(self) -> OpQuant | None:
+        if self.leaves_float():
+            return None
+        if (algorithm := self.algorithm()) is None:
+            return super().op_quant()
+        return OpQuant(None, weight_format(self), weight_algorithm=algorithm)
+
+    def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
+        if not self.leaves_float() and self.algorithm() is None:
+            raise self._missing()
+        return Recipe(
+            self.name,
+            self.rules(),
+            prepare="fold-constants,canonicalize,fold-conv-bn,annotate,insert-observers",
+            convert="correct-bias,convert-qdq",
+            backend=backend,
+        )
 
     def implied(self) -> tuple[tuple[str, BaseConfig], ...]:
         if getattr(self, "quant_lm_head", True):
@@ -99,6 +172,10 @@ class RTNConfig(WeightOnlyConfig):
         "dtype": ["int4", "nf4"], "use_sym": [True, False], "group_size": [32, 128], "use_mse_search": [False, True],
     }  # fmt: skip
 
+    def algorithm(self) -> str:
+        search = {"full_range": self.use_full_range, "search": self.use_mse_search}
+        return written("rtn", **search, **scale_options(self))
+
 
 @register_config(algo_name="gptq", priority=90)
 class GPTQConfig(WeightOnlyConfig):
@@ -120,6 +197,11 @@ class GPTQConfig(WeightOnlyConfig):
     }  # fmt: skip
     on_client: ClassVar[dict[str, Any]] = {"use_layer_wise": True}
     tuning: ClassVar[dict[str, list[Any]]] = {"use_sym": [False, True], "act_order": [True, False]}
+
+    def algorithm(self) -> str:
+        names = ("act_order", "hybrid_order", "static_groups", "true_sequential", "fp8_aware", "percdamp", "block_size")
+        options = {name: getattr(self, name) for name in names}
+        return written("gptq", search=self.use_mse_search, **options, **scale_options(self))
 
 
 @register_config(algo_name="awq", priority=70)
@@ -152,12 +234,17 @@ class TEQConfig(WeightOnlyConfig):
 
 @register_config(algo_name="hqq", priority=75)
 class HQQConfig(WeightOnlyConfig):
-    """HQQ (Badri and Shaji 2023): half-quadratic search of zero points, without data."""
+    """HQQ (Badri and Shaji 2023): half-quadratic search of zero points, without data.
+
+    Groups lie along the output channels, as in neural_compressor: there the search gains much more.
+    """
+
+    default_group_dim: ClassVar[int] = 0
 
     fields: ClassVar[dict[str, Field]] = {
         "dtype": _FORMAT["dtype"],
         "bits": _FORMAT["bits"],
-        "group_size": Field(64, _GROUP, _FORMAT["group_size"].doc),
+        "group_size": Field(64, _GROUP, "Weights that share a scale, along the output channels; -1: all of an input."),
         "quant_zero": _bool(True, "Quantize the zero points to 8 bits."),
         "quant_scale": _bool(False, "Quantize the scales to 8 bits."),
         "scale_quant_group_size": Field(128, _GROUP, "Scales (zero points) that share a scale."),
@@ -165,6 +252,10 @@ class HQQConfig(WeightOnlyConfig):
     }
     needs_calibration = False
     tuning: ClassVar[dict[str, list[Any]]] = {"bits": [4, 8]}
+
+    def algorithm(self) -> str:
+        options = {"quant_zero": str(self.quant_zero).lower(), "quant_scale": self.quant_scale}
+        return written("hqq", **options, meta_group=self.scale_quant_group_size)
 
 
 _OPTIONAL_BITS = an_int(1, 32, also=(None,))

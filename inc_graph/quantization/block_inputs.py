@@ -1,0 +1,257 @@
+"""Calibration that stops at the first block of a model: the rest is computed block by block when it is converted.
+
+A model of repeated blocks (the decoder layers of a language model) is quantized one block after the other, and each is
+calibrated on what the quantized blocks before it give (Frantar et al. 2022, section 4). So while the user's data runs,
+only the inputs of the first block are wanted. They are kept, and the call ends there.
+
+The first batch runs through the whole model once, to see that the blocks are a chain: each is called once, in order,
+its first argument is what the one before it gave, and all else is the same for each of them. Where that does not hold,
+calibration goes on over the whole model, and each layer is rounded on its own inputs in the float model.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from inc_graph.errors import CalibrationError
+from inc_graph.gram import GramObserver
+from inc_graph.quantization.finish import observers_of
+from inc_graph.quantization.leaf import Leaf
+
+__all__ = ["BlockInputs", "Call", "NotComputed", "block_inputs_of", "stop_at_blocks", "undo"]
+
+_MARK = "_inc_block_inputs"
+
+
+class Stop(ValueError):
+    """Ends a call of the model behind the last thing that is wanted of it. A ValueError: calibration loops that were
+    written for neural_compressor catch that."""
+
+
+class NotComputed:
+    """What a prepared model gives while it is calibrated: there is no output, as the call ended at the first block."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise CalibrationError(
+            "this output was not computed: calibration stops as soon as the inputs of the first block are known",
+            hint="run calibration data as prepared(batch) and leave the result alone; evaluate the model after convert",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __add__ = __sub__ = __mul__ = _refuse
+
+    def __repr__(self) -> str:
+        return "<not computed: calibration stops at the first block>"
+
+
+@dataclass
+class Call:
+    """Arguments of one call of a block: `args` without the first, which flows from block to block."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    whole: tuple[tuple[Any, ...], dict[str, Any]] | None  # arguments of the model's call, if its tail is wanted
+
+
+@dataclass
+class BlockInputs:
+    """What is known of a model's blocks, and the calls that calibration has left.
+
+    Attributes:
+        paths: Of the blocks, in the order in which they run.
+        wants_tail: Whether a layer behind the blocks has to see its inputs too.
+        calls: One for each call of the model.
+        chain: None until the first batch was seen; then "" or the reason why the blocks are none.
+        tuples: Whether a block gives a tuple, its first item being what goes on.
+        closed: Calibration is over: calls run the whole model, and are not kept.
+    """
+
+    paths: list[str]
+    wants_tail: bool = False
+    calls: list[Call] = field(default_factory=list)
+    chain: str | None = None
+    tuples: bool = False
+    closed: bool = False
+
+
+def block_inputs_of(model: nn.Module) -> BlockInputs | None:
+    """What `stop_at_blocks` has put there."""
+    return model.__dict__.get(_MARK)
+
+
+def stop_at_blocks(model: nn.Module, leaves: dict[Leaf, list[str]]) -> None:
+    """Let a prepared model's calls end at its first block, if it has blocks and nothing else needs the whole run."""
+    asking = {leaf: paths for leaf, paths in leaves.items() if observers_of(leaf)}
+    if not asking or any(not isinstance(o, GramObserver) for leaf in asking for o in observers_of(leaf)):
+        return
+    if (found := _blocks(model, asking)) is None:
+        return
+    model.__dict__[_MARK] = BlockInputs(found)
+    model.__dict__["_inc_forward"] = model.__dict__.get("forward")
+    model.__dict__["forward"] = types.MethodType(_forward, model)
+
+
+def undo(model: nn.Module) -> None:
+    """The model's own forward again."""
+    if model.__dict__.pop(_MARK, None) is not None:
+        own = model.__dict__.pop("_inc_forward")
+        model.__dict__.pop("forward")
+        if own is not None:
+            model.__dict__["forward"] = own
+
+
+def _blocks(model: nn.Module, asking: dict[Leaf, list[str]]) -> list[str] | None:
+    """Paths of the entries of the outermost list that holds most of the layers, None without one of two or more."""
+    best: list[str] = []
+    most = 0
+    for name, modules in model.named_modules():
+        if not isinstance(modules, nn.ModuleList | nn.Sequential) or len(modules) < 2:
+            continue
+        inside = [
+            sum(any(p.startswith(f"{name}.{i}.") for p in ps) for ps in asking.values()) for i in range(len(modules))
+        ]
+        kinds = {type(m) for m in modules}
+        if len(kinds) == 1 and all(inside) and sum(inside) > most:
+            best, most = [f"{name}.{i}" if name else str(i) for i in range(len(modules))], sum(inside)
+    return best or None
+
+
+# ---------------------------------------------------------------------------------------------------------- the calls
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    known: BlockInputs = self.__dict__[_MARK]
+    own = self.__dict__["_inc_forward"] or types.MethodType(type(self).forward, self)
+    if torch.compiler.is_compiling() or known.chain or known.closed:
+        return own(*args, **kwargs)
+    if known.chain is None:
+        _first(self, known, own, args, kwargs)
+        if known.chain:
+            return own(*args, **kwargs)
+    whole = (args, kwargs) if known.wants_tail else None
+    block = self.get_submodule(known.paths[0])
+
+    def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+        first, rest = _split(args, kwargs)
+        known.calls.append(Call(first.detach(), *_kept(rest), whole))
+        raise Stop("the inputs of the first block are known")
+
+    hook = block.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        own(*args, **kwargs)
+    except Stop:
+        return NotComputed()
+    finally:
+        hook.remove()
+    raise CalibrationError(
+        "a calibration batch did not reach the first block", module=known.paths[0],
+        hint="calibrate with calls that run the whole model",
+    )  # fmt: skip
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """(what flows, the rest) of a block's arguments."""
+    if args:
+        return args[0], (args[1:], kwargs)
+    name = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
+    if name is None:
+        raise Stop("a block is called without a tensor")
+    return kwargs[name], ((), {k: v for k, v in kwargs.items() if k != name})
+
+
+def _kept(rest: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The rest of the arguments without a cache of keys and values: each replay would add to it."""
+    args, kwargs = pytree.tree_map(lambda v: None if _is_cache(v) else v, rest, is_leaf=_is_cache)
+    if "use_cache" in kwargs:
+        kwargs["use_cache"] = False
+    return args, kwargs
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+def _first(model: nn.Module, known: BlockInputs, own: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Run one batch through the whole model to see whether its blocks are a chain, and what comes behind them."""
+    seen: list[tuple[str, Any, Any, Any]] = []  # path, first argument, the rest, result
+    behind: list[nn.Module] = []
+    hooks = []
+
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            try:
+                seen.append((path, *_split(args, kwargs), result))
+            except Stop:
+                seen.append((path, None, ((), {}), result))
+
+        return hook
+
+    def late(module: nn.Module, args: Any) -> None:
+        if seen and seen[-1][0] == known.paths[-1]:
+            behind.append(module)
+
+    for path in known.paths:
+        hooks.append(model.get_submodule(path).register_forward_hook(note(path), with_kwargs=True))
+    for module in model.modules():
+        if isinstance(module, Leaf) and observers_of(module):
+            hooks.append(module.register_forward_pre_hook(late))
+    collecting = [o for o in observers_of(model) if isinstance(o, GramObserver)]
+    for observer in collecting:
+        observer.enabled = False
+    try:
+        with torch.no_grad():
+            own(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for observer in collecting:
+            observer.enabled = True
+    known.chain = _why_no_chain(known, seen)
+    known.wants_tail = bool(behind)
+    known.tuples = bool(seen) and isinstance(seen[-1][3], tuple)
+
+
+def _why_no_chain(known: BlockInputs, seen: list[tuple[str, Any, Any, Any]]) -> str:
+    if [path for path, *_ in seen] != known.paths:
+        return "its blocks are not called one after the other, each once"
+    rest = _leaves(seen[0][2])
+    for i, (path, first, others, result) in enumerate(seen):
+        given = result[0] if isinstance(result, tuple) and result else result
+        if not isinstance(first, Tensor) or not isinstance(given, Tensor) or given.shape != first.shape:
+            return f"block {path} does not turn one tensor into another of its shape"
+        if i + 1 < len(seen) and seen[i + 1][1] is not given:
+            return f"what comes behind block {path} is not what it gives"
+        mine = _leaves(others)
+        if len(mine) != len(rest) or not all(_same(a, b) for a, b in zip(mine, rest, strict=True)):
+            return f"block {path} is called with other arguments than the first"
+    return ""
+
+
+def _leaves(rest: Any) -> list[Any]:
+    return pytree.tree_leaves(rest, is_leaf=_is_cache)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b or (_is_cache(a) and _is_cache(b)):
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    try:
+        return bool(a == b)
+    except Exception:
+        return False
+
+
+def grams(model: nn.Module) -> Iterator[GramObserver]:
+    """The gram observers of a model."""
+    return (o for o in observers_of(model) if isinstance(o, GramObserver))

@@ -1,0 +1,88 @@
+"""Weights that several layers share: an output head that is tied to the embedding, say.
+
+Quantizing one of them is a copy on write. The others keep the float table, and the report says so: both are in memory
+then. Layers that end up with the same codes share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, fx, nn
+
+from inc_graph.graph import get_attr, module_path, peek_meta, storage_key
+from inc_graph.oppattern import argument, pattern_of
+from inc_graph.quantization.leaf import Leaf
+from inc_graph.quantization.model import QuantizedModel
+
+__all__ = ["share_codes", "tied_in_graph", "tied_layers"]
+
+Owners = list[tuple[str, nn.Module]]
+"""(path, module) of all that have one parameter."""
+
+
+def share_codes(tied: Iterable[Owners], new: Mapping[Leaf, nn.Module]) -> list[str]:
+    """Let converted layers with one weight share their codes. What the report is to say of the other tied layers.
+
+    Args:
+        tied: From `tied_layers`, before the first leaf was converted.
+        new: Leaf -> what takes its place, a converted leaf or the float layer.
+    """
+    notes = []
+    for owners in tied:
+        done = [(path, leaf, new[leaf]) for path, leaf in owners if isinstance(leaf, Leaf) and leaf in new]
+        done = [(path, leaf, made) for path, leaf, made in done if isinstance(made, Leaf)]
+        kept = [path for path, owner in owners if not any(owner is leaf for _, leaf, _ in done)]
+        first: list[tuple[str, QuantizedModel]] = []
+        for path, _, made in done:
+            inner = made.inner
+            assert isinstance(inner, QuantizedModel)
+            if not any(inner.share(other) for _, other in first):
+                first.append((path, inner))
+        quantized = [path for path, _, _ in done]
+        if quantized and kept:
+            notes.append(_note(quantized, kept))
+        elif len(first) > 1:
+            notes.append(
+                f"{' and '.join(p for p, _ in first)} share one weight: quantized differently, it is kept twice"
+            )
+    return notes
+
+
+def tied_in_graph(gm: fx.GraphModule) -> list[str]:
+    """The same notes for an annotated graph, whose layers with one weight and one format always share their codes."""
+    readers: dict[object, tuple[dict[str, None], dict[str, None]]] = {}
+    for node in gm.graph.nodes:
+        pattern = pattern_of(node)
+        weight = argument(node, pattern.weight) if pattern is not None and pattern.weight is not None else None
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            continue
+        tensor = get_attr(gm, str(weight.target))
+        if isinstance(tensor, Tensor):
+            quantized, kept = readers.setdefault(storage_key(tensor), ({}, {}))
+            (quantized if "weight" in peek_meta(node) else kept)[module_path(node) or node.name] = None
+    return [_note(list(quantized), list(kept)) for quantized, kept in readers.values() if quantized and kept]
+
+
+def _note(quantized: list[str], kept: list[str]) -> str:
+    return (
+        f"{', '.join(quantized)} shared its weight with {', '.join(kept)}, which stays float: "
+        "the float table is kept beside the codes"
+    )
+
+
+def tied_layers(model: nn.Module) -> list[Owners]:
+    """Of a prepared model: the modules that have one parameter, for each that several have."""
+    owners: dict[int, dict[nn.Module, str]] = {}
+    within = tuple(
+        f"{path}." for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Leaf) and path
+    )
+    for path, module in model.named_modules():
+        if path.startswith(within):
+            continue
+        layer = module.original if isinstance(module, Leaf) else module
+        for parameter in layer._parameters.values() if layer is not None else ():
+            if parameter is not None:
+                owners.setdefault(id(parameter), {}).setdefault(module, path)
+    several = [found for found in owners.values() if len(found) > 1 and any(isinstance(m, Leaf) for m in found)]
+    return [[(path, module) for module, path in found.items()] for found in several]

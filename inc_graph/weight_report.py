@@ -1,0 +1,113 @@
+"""What became of each quantized weight: format, bytes, error, and what its algorithm has to say. Prints as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import fx
+
+from inc_graph.errors import ConfigError
+from inc_graph.graph import module_path, peek_meta
+from inc_graph.tables import printed
+
+__all__ = ["WeightLine", "Weights", "low_ranks", "weight_lines"]
+
+
+@dataclass(frozen=True)
+class WeightLine:
+    """One layer with a quantized weight.
+
+    Attributes:
+        name: Path of its module, or its name in the graph.
+        form: Number format, and the weights that share a scale.
+        algorithm: With its options.
+        bytes: Of codes, scales and zero points.
+        seconds: That the algorithm took.
+        rounded: Relative error if each weight were rounded for itself; None if that is what was done, or not measured.
+        error: Relative error of what was done: ``|W - W_q| / |W|``, or of the outputs where the algorithm knows inputs.
+        damping: What was added to the diagonal of the Hessian, relative to its mean; None if there is none.
+        rank: Rows of calibration data, if there were fewer than the layer has inputs; else None.
+    """
+
+    name: str
+    form: str
+    algorithm: str
+    bytes: int
+    seconds: float
+    rounded: float | None = None
+    error: float | None = None
+    damping: float | None = None
+    rank: int | None = None
+
+    @classmethod
+    def from_json(cls, data: Any) -> WeightLine:
+        """ConfigError that names the field if the data is not of that form."""
+        names = [f.name for f in fields(cls)]
+        if not isinstance(data, dict) or set(data) != set(names):
+            raise ConfigError(f"Report.weights: a line has the fields {names}")
+        for name, value in data.items():
+            text = name in ("name", "form", "algorithm")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            optional = value is None and name not in ("bytes", "seconds")
+            if not (isinstance(value, str) if text else number or optional):
+                raise ConfigError(f"Report.weights: {name} cannot be {value!r}"[:120])
+        return cls(**data)
+
+
+class Weights(list[WeightLine]):
+    """Lines of all layers; print it."""
+
+    def __str__(self) -> str:
+        return printed(self)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="quantized weights", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        table.add_column("format")
+        for name in ("bytes", "seconds", "rounded", "error", "damping"):
+            table.add_column(name, justify="right")
+        for x in self:
+            numbers = [f"{x.bytes:,}", f"{x.seconds:.2f}", _share(x.rounded), _share(x.error), _share(x.damping)]
+            table.add_row(Text(x.name), x.form, *numbers)
+        return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def weight_lines(gm: fx.GraphModule) -> Weights:
+    """The lines of a Q-DQ graph, from what `convert-qdq` has noted."""
+    found = Weights()
+    for node in gm.graph.nodes:
+        weight = peek_meta(node).get("weight", {})
+        if (notes := weight.get("notes")) is None:
+            continue
+        spec = weight["spec"]
+        size = spec["granularity"].get("sizes") or spec["granularity"]["kind"]
+        names = {"rounded": "rtn_error", "error": "error", "damping": "damping", "rank": "rank"}
+        known = {field: _number(notes[name]) for field, name in names.items() if name in notes}
+        name = module_path(node) or node.name
+        form = f"{spec['qtype']} {size}"
+        found.append(WeightLine(name, form, weight["algorithm"], notes["bytes"], notes["seconds"], **known))
+    return found
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def low_ranks(lines: Sequence[WeightLine]) -> str | None:
+    """A warning for layers that saw fewer rows of calibration data than they have inputs; None if all saw enough."""
+    low = [x for x in lines if x.rank is not None]
+    if not low:
+        return None
+    shown = ", ".join(f"{x.name} (rank {x.rank})" for x in low[:3]) + (", ..." if len(low) > 3 else "")
+    few = f"{len(low)} layer{'s' * (len(low) > 1)} saw fewer rows of calibration data than inputs"
+    return f"{few}, so their Hessian is singular and rounding may fit the data too closely: {shown}"
