@@ -49,6 +49,9 @@ test-all: test test-slow ## all tests, each once
 
 bench: $(BENCH) ## compare with other quantizers, side by side
 	$(BIN)/python -m benchmarks.static_int8
+	$(BIN)/python -m benchmarks.weight_only_linear
+	$(BIN)/python -m benchmarks.weight_only --peers
+	$(BIN)/python -m benchmarks.memory
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -84,6 +84,7 @@ class Report:
     def from_json(cls, data: Any) -> Report:
         """Inverse of `to_json`. ConfigError that names the field if the data is not of that form."""
         names = {f.name: f for f in fields(cls)}
+        data = {"weights": [], **data} if isinstance(data, dict) else data  # reports had none at first
         if not isinstance(data, dict) or set(data) != set(names):
             raise ConfigError(f"a report has the fields {sorted(names)}")
         report = cls(**data)

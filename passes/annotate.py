@@ -111,7 +111,8 @@ def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
         or state.facts.bad_inputs(pattern, node, what.activation, _named(index, state))
         or state.facts.bad_weight(pattern, node, what.weight)
     )
-    if reason and what.activation is None and (_named(index, state) or "NaN" in reason):
+    asked = state.recipe.rules[index].origin.startswith("set_local(") and _named(index, state)
+    if reason and what.activation is None and (asked or "NaN" in reason):
         # nobody would look for what is missing: a weight-only method has no neighbours that it could depend on
         hint = "take it out of set_local, or leave it float with dtype='fp32'"
         raise ConfigError(

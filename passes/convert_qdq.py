@@ -10,6 +10,7 @@ reader sees the same form. One weight tensor that several layers share becomes o
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -140,8 +141,15 @@ def _read_codes(state: _State, name: str, codes: Codes, like: fx.Node) -> fx.Nod
     qtype = codes.spec.type
     if qtype.storage_bits >= 8:
         return state.make.read(name, codes.carrier)
-    packed = state.make.read(name, pack(codes.carrier, qtype))
-    return state.make.call(UNPACK, (packed, qtype.name, list(codes.carrier.shape)), after=packed, like=like)
+    shape = list(codes.carrier.shape)
+    if len(shape) <= 2:
+        packed = state.make.read(name, pack(codes.carrier, qtype))
+        return state.make.call(UNPACK, (packed, qtype.name, shape), after=packed, like=like)
+    # rows are packed each for itself: a kernel of a convolution is too short for one
+    packed = state.make.read(name, pack(codes.carrier.flatten(1), qtype))
+    flat = [shape[0], math.prod(shape[1:])]
+    rows = state.make.call(UNPACK, (packed, qtype.name, flat), after=packed, like=like)
+    return state.make.call(_RESHAPE, (rows, shape), after=rows, like=like)
 
 
 def _pair(state: _State, value: fx.Node, key: str, quant: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from inc_graph.common.base_config import BaseConfig
 from inc_graph.common.base_tuning import ConfigSet, Evaluator, Sampler, TuningConfig
 from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning
 from inc_graph.export import export
-from inc_graph.quantization import AutoRoundConfig, GPTQConfig, RTNConfig, StaticQuantConfig, autotune
+from inc_graph.quantization import AutoRoundConfig, AWQConfig, RTNConfig, StaticQuantConfig, autotune
 from inc_graph.quantization.journal import _key, fingerprint
 from inc_graph.quantization.tuning_table import Trial, TuningResult, watch
 
@@ -197,12 +197,12 @@ def test_the_model_is_not_changed_and_its_weights_not_copied(model: nn.Module, g
 
 
 def test_what_cannot_be_applied_is_a_failed_trial(model: nn.Module) -> None:
-    q = tune(model, [1.0, 1.0], config_set=[GPTQConfig(), StaticQuantConfig()])
+    q = tune(model, [1.0, 1.0], config_set=[AWQConfig(), StaticQuantConfig()])
     failed, good = q.tuning.trials
-    assert "gptq" in failed.error and failed.score is None and good.accepted and q.tuning.best is good
-    assert failed.error in " ".join(str(q.tuning).split()) or "gptq" in str(q.tuning)
-    with pytest.raises(IncError, match=r"none of 1 configs could be applied: .*gptq"):
-        tune(model, [1.0], config_set=GPTQConfig())
+    assert "awq" in failed.error and failed.score is None and good.accepted and q.tuning.best is good
+    assert failed.error in " ".join(str(q.tuning).split()) or "awq" in str(q.tuning)
+    with pytest.raises(IncError, match=r"none of 1 configs could be applied: .*awq"):
+        tune(model, [1.0], config_set=AWQConfig())
 
 
 def test_errors_of_the_user_come_through(model: nn.Module) -> None:
@@ -552,7 +552,7 @@ def test_scores_for_tensorboard(model: nn.Module, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "tensorboard").exists()  # nobody asked
     set_tensorboard(True)
     for _ in range(2):
-        tune(model, [1.0, 0.25, 1.0], config_set=[GPTQConfig(), *(StaticQuantConfig(act_algo=a) for a in ACT)])
+        tune(model, [1.0, 0.25, 1.0], config_set=[AWQConfig(), *(StaticQuantConfig(act_algo=a) for a in ACT)])
     for run_ in ("1", "2"):
         text = (tmp_path / "tensorboard" / run_ / "events").read_text()
         assert text == "autotune/score 0.25 1\nautotune/score 1.0 2\nclosed\n"  # trial 0 has no score

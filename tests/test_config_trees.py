@@ -109,7 +109,8 @@ def by_search(config: BaseConfig, path: str, kind: str) -> tuple[int, BaseConfig
     white = [(how, plain) for key in listed if (how := fit(key, path, kind))]
     if not any(how in ("predicate", "name", "path") for how, _ in white + local):
         local = [("implied", x) for name, x in config.implied() if re.match(name, path)] + local
-    found = local or white or ([("all", plain)] if config.white_list == "*" else [])
+    every = config.white_list == "*" and (not config.scope or kind.lower() in config.scope.split(","))
+    found = local or white or ([("all", plain)] if every else [])
     best = max([(FITS.index(how), i) for i, (how, _) in enumerate(found)], default=None)
     return None if best is None else (best[0], found[best[1]][1])
 

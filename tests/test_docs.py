@@ -46,7 +46,11 @@ ILLUSTRATIONS = {  # page -> how many blocks in it are neither code, output nor 
     "passes.md": 6,
     "writing_a_backend.md": 1,
 }
-NEEDS = {"from_scratch.md": "kernels", "migrate_from_torchao.md": "torchao"}  # 8-bit kernels, or a package
+NEEDS = {  # 8-bit kernels, or a package
+    "from_scratch.md": "kernels",
+    "migrate_from_torchao.md": "torchao",
+    "weight_only.md": "transformers",
+}
 REGISTRIES = (registry.PASSES, registry.PATTERNS, registry.ALGORITHMS, registry.BACKENDS, registry.QTYPES,
               registry.CONFIGS)  # fmt: skip
 
@@ -102,7 +106,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     need = NEEDS.get(page.name)
     if need == "kernels" and not this_machine_prints_the_same():
         pytest.skip("this page calls kernels that this machine does not have")
-    if need == "torchao":
+    if need in ("torchao", "transformers"):
         pytest.importorskip(need)
     assert found or page.name in WITHOUT_CODE, "a page without code: name it in WITHOUT_CODE"
     monkeypatch.chdir(tmp_path)

@@ -87,15 +87,15 @@ def test_lookup() -> None:
 
 
 def test_register_your_own() -> None:
-    mine = QType("int5", "int", 5, torch.int8, -16, 15)
+    mine = QType("own5", "int", 5, torch.int8, -16, 15)
     try:
         assert register(mine, "i5") is mine
-        assert get_qtype("i5") is get_qtype("int5") is mine
-        register(QType("int5", "int", 5, torch.int8, -16, 15))  # the same again
-        with pytest.raises(IncError, match=rf"'int5' is registered twice: by {__name__} and by {__name__}"):
+        assert get_qtype("i5") is get_qtype("own5") is mine
+        register(QType("own5", "int", 5, torch.int8, -16, 15))  # the same again
+        with pytest.raises(IncError, match=rf"'own5' is registered twice: by {__name__} and by {__name__}"):
             register(dataclasses.replace(mine, qmin=-15))
     finally:
-        QTYPES.remove("int5")
+        QTYPES.remove("own5")
         QTYPES.remove("i5")
 
 

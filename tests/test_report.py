@@ -76,6 +76,7 @@ def test_json(q: Any) -> None:
     data = json.loads(json.dumps(q.report.to_json()))
     assert set(data) == {
         "method", "backend", "kernels", "reference", "floats", "bytes_before", "bytes_after", "timings", "notes",
+        "weights",
     }  # fmt: skip
     assert Report(
         **{**data, **{k: [OpLine(**x) for x in data[k]] for k in ("kernels", "reference", "floats")}}

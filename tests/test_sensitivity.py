@@ -29,7 +29,7 @@ from benchmarks import sensitivity as bench
 from inc_graph.common.base_tuning import TuningConfig
 from inc_graph.errors import CalibrationError, ConfigError, IncWarning
 from inc_graph.export import export
-from inc_graph.quantization import RTNConfig, StaticQuantConfig, autotune, quantize
+from inc_graph.quantization import AWQConfig, RTNConfig, StaticQuantConfig, autotune, quantize
 from inc_graph.quantization import tuning_trial as trials
 from inc_graph.quantization.sensitivity import Measured, _Noise, measure
 from inc_graph.quantization.sensitivity_search import LayerDamage, Outcome, Plan, Sensitivity, float_config, search
@@ -509,8 +509,8 @@ def test_what_the_strategy_does_not_take() -> None:
         TuningConfig(PLAIN, sensitivity_calls=0)
     with pytest.raises(ConfigError, match="INT8StaticQuantConfig and RTNConfig do not go together"):
         tune(model, x, config_set=[PLAIN, RTNConfig()])
-    with pytest.raises(NotImplementedError, match="rtn"):
-        tune(model, x, config_set=RTNConfig())
+    with pytest.raises(NotImplementedError, match="awq"):
+        tune(model, x, config_set=AWQConfig())
     with pytest.raises(ConfigError, match="needs calibration data"):
         autotune(model, TuningConfig(PLAIN, strategy="sensitivity"), lambda m: 1.0, example_inputs=(x,))
 

@@ -20,7 +20,7 @@ from inc_graph.common.utils import Mode
 from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning, UnknownNameError, UnusedRuleWarning
 from inc_graph.export import export
 from inc_graph.quantization import (
-    GPTQConfig,
+    AWQConfig,
     RTNConfig,
     StaticQuantConfig,
     autotune,
@@ -566,8 +566,8 @@ def test_nothing_warns_when_it_is_right(model: Net, x: Tensor) -> None:
         warnings.simplefilter("error", IncWarning)
         q = quantize(model, ComposableConfig([RoundConfig(white_list=["fc2"])]), lambda m: m(x))
         rebuild(Net(), reread(algorithms_of(q)))
-    with pytest.raises(NotImplementedError, match="gptq"):
-        prepare(Net().eval(), GPTQConfig() + RoundConfig(white_list=["fc2"]))
+    with pytest.raises(NotImplementedError, match="awq"):
+        prepare(Net().eval(), AWQConfig() + RoundConfig(white_list=["fc2"]))
 
 
 # ------------------------------------------------------------------------------------------------------- the base class

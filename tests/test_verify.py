@@ -308,6 +308,10 @@ def attr(name: str) -> Callable[[fx.GraphModule], fx.Node]:
     return lambda gm: next(n for n in gm.graph.find_nodes(op="get_attr") if n.target == name)
 
 
+def codes_as_zero_point(gm: fx.GraphModule) -> fx.Node:
+    return next(n for n in gm.graph.find_nodes(op="get_attr") if "codes" in str(n.target))
+
+
 def ids(gm: fx.GraphModule) -> fx.Node:
     return gm.graph.find_nodes(op="placeholder")[1]
 
@@ -357,7 +361,7 @@ def packed(qtype: str) -> Callable[[fx.GraphModule], None]:
         qdq_edit(packed("int3"), "codes were packed as int4 and are read as int3"),
         qdq_edit(set_arg(QUANTIZE, 3, [1, -1]), "block [1, -1] of [2, 4] needs [2, 1]"),
         qdq_edit(set_arg(QUANTIZE, 1, attr("x_zero_point")), "scale is torch.int32"),
-        qdq_edit(set_arg(QUANTIZE, 2, attr("x_scale")), "must be int32"),
+        qdq_edit(set_arg(QUANTIZE, 2, codes_as_zero_point), "zero point has shape [3, 4], must be [1, 1]"),
     ],
 )
 def test_qdq_rules(gm: fx.GraphModule, change: Callable, text: str) -> None:

@@ -1,14 +1,21 @@
 """Convert the layers of a model's blocks in the order in which they run, each on what the rounded ones before it give.
 
-For each block: run the kept inputs through it once and collect the products of every layer's inputs; round its layers;
-run the inputs through once more, now with the rounded weights, for the inputs of the next block. Both runs compute in
-bfloat16 where the machine does that fast. Layers that read the same tensor (q, k and v) share what is collected.
+All kept inputs run through a block in lockstep: each call waits before the first of some layers that read the same
+tensor (q, k and v), until the products of what all calls bring there are collected and these layers are rounded; then
+it goes on with the rounded weights. So every layer is computed once, and calibrated on what all rounded layers before
+it give.
+
+Calls that wait hold what they have computed. Where that would be too much, or a layer is called twice, a block runs
+two times instead: once to collect the inputs of all of its layers, and once more, rounded, for the inputs of the next.
+
+Both ways compute in bfloat16 where the machine does that fast.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +30,13 @@ from inc_graph.quantization.block_inputs import BlockInputs, Call, Stop
 from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.layers import put
 from inc_graph.quantization.leaf import Leaf
-from inc_graph.quantization.streaming import float_layer
+from inc_graph.quantization.lockstep import Lockstep
+from inc_graph.quantization.streaming import float_layer, is_streamed
 
 __all__ = ["BlockByBlock"]
+
+LOCKSTEP_BYTES = 2 << 30
+"""Calls of a block wait in its middle for its layers to be rounded, if together they hold no more than this."""
 
 
 @dataclass
@@ -55,7 +66,7 @@ class BlockByBlock:
         inputs: What calibration has left.
         places: Every leaf of the model with its paths.
 
-    Before a layer is rounded, `before` sees to it that its observers have seen their inputs; `after` takes the result.
+    Of each layer that `order` gives, `before` has the inputs collected and `after` takes the result; `close` ends all.
     """
 
     model: nn.Module
@@ -65,18 +76,30 @@ class BlockByBlock:
     done: dict[Leaf, Leaf] = field(init=False, default_factory=dict)
     block: int = field(init=False, default=-1)
     groups: list[_Group] = field(init=False, default_factory=list)
+    together: Lockstep | None = field(init=False, default=None)  # the calls of the block, if they run in lockstep
+    stage: int = field(init=False, default=0)  # groups whose inputs are known by now
+    floats: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
+    twins: dict[Leaf, nn.Module] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.hidden = [call.hidden for call in self.inputs.calls]
 
     # --------------------------------------------------------------------------------------------------------- order
-    def order(self) -> list[Leaf]:
+    def order(self) -> Iterator[Leaf]:
         """All leaves: those before the blocks, those of one block after the other, those behind the blocks."""
         where = {leaf: self._block_of(leaf) for leaf in self.places}
-        inside = [leaf for b in range(len(self.inputs.paths)) for leaf in self.places if where[leaf] == b]
         outside = [leaf for leaf in self.places if where[leaf] is None]
         late = [leaf for leaf in outside if not _has_seen(leaf)]
-        return [leaf for leaf in outside if leaf not in late] + inside + late
+        yield from (leaf for leaf in outside if leaf not in late)
+        for b in range(len(self.inputs.paths)):
+            inside = [leaf for leaf in self.places if where[leaf] == b]
+            yield from (leaf for leaf in inside if not _grams(leaf))  # rounded before any data runs
+            if any(_grams(leaf) for leaf in inside):
+                self._enter(b)
+                yield from [leaf for group in self.groups for leaf in group.leaves]
+                reached = {leaf for group in self.groups for leaf in group.leaves}
+                yield from (leaf for leaf in inside if _grams(leaf) and leaf not in reached)
+        yield from late
 
     def _block_of(self, leaf: Leaf) -> int | None:
         for b, path in enumerate(self.inputs.paths):
@@ -86,32 +109,102 @@ class BlockByBlock:
 
     def before(self, leaf: Leaf) -> None:
         """Have the layer's inputs collected, if it wants them."""
-        block = self._block_of(leaf)
-        if block is None:
+        if self._block_of(leaf) is None:
             if self.block >= 0 and any(not o.elements for o in observers_of(leaf)):
                 self._tail()
             return
-        while self.block < block:
-            if self.block >= 0:
-                self._advance()
-            self.block += 1
-            self.groups = []
-            self._collect(None)
-        if _sequential(leaf):
-            group = next((g for g in self.groups if leaf in g.leaves), None)
-            if group is not None and group is not self.groups[0] and leaf is group.leaves[0]:
-                self._collect(group)
-        for group in self.groups:
-            if leaf in group.leaves and group.total is not None:
-                _fill(leaf, group)
+        at = next((i for i, group in enumerate(self.groups) if leaf in group.leaves), None)
+        if at is None or not _grams(leaf):
+            return
+        group = self.groups[at]
+        if self.together is not None:
+            while self.stage <= at:
+                self._step()
+        elif _sequential(leaf) and at and leaf is group.leaves[0]:
+            self._collect(group)
+        if group.total is not None:
+            _fill(leaf, group)
 
     def after(self, leaf: Leaf, converted: Leaf | None) -> None:
         """Take the rounded layer; None if it stays float."""
         if converted is not None:
             self.done[leaf] = converted
-        if self._block_of(leaf) is not None:
+            if leaf in self.twins:  # calls that wait go on with the rounded weight
+                self.twins[leaf]._parameters["weight"] = _twin(leaf, converted)._parameters["weight"]
+        group = next((g for g in self.groups if leaf in g.leaves), None)
+        if group is not None:
             for observer in _grams(leaf):  # large, and collected anew if the model is converted again
                 observer.reset()
+            if leaf is group.leaves[-1]:
+                group.total, group.known = None, {}
+
+    def close(self) -> None:
+        """Put everything back in its place, also in the middle of a block."""
+        if self.together is not None:
+            self.together.close()
+        self.together, self.twins = None, {}
+        self.floats.close()
+
+    def _enter(self, block: int) -> None:
+        """Begin the next block: find out which layers read the same tensor, and collect inputs if not in lockstep."""
+        while self.block < block:
+            if self.block >= 0:
+                self._advance()
+            self.block += 1
+        self.groups, self.stage = [], 0
+        found = self._probe()
+        if found is None or self._waiting_bytes(found) > LOCKSTEP_BYTES:
+            self._collect(None)
+            return
+        self.groups = found
+        self.twins = self.floats.enter_context(self._placed())
+        self.together = Lockstep(lambda i: self._run(self.hidden[i], self.inputs.calls[i]), len(self.hidden))
+        for group in found:
+            self.twins[group.leaves[0]].register_forward_pre_hook(self._wait)
+
+    def _wait(self, module: nn.Module, args: Any) -> None:
+        assert self.together is not None
+        self.together.pause(args[0])
+
+    def _step(self) -> None:
+        """Let all calls go on to the next group of layers, and collect what it reads."""
+        assert self.together is not None
+        with torch.no_grad(), _fast():
+            for x in self.together.step():
+                self.groups[self.stage].take(x)
+        self.groups[self.stage].last = None
+        self.stage += 1
+
+    def _waiting_bytes(self, groups: list[_Group]) -> float:
+        """About what the calls of a block hold while they wait in its middle; no end where memory is short anyway."""
+        if any(is_streamed(leaf) for group in groups for leaf in group.leaves):
+            return math.inf
+        features = sum(group.leaves[0].form.size * (1 + len(group.leaves)) for group in groups)
+        return 4 * features * sum(h[..., 0].numel() for h in self.hidden)
+
+    def _probe(self) -> list[_Group] | None:
+        """The groups of layers that read one tensor, in the order in which they are called, seen in one call; None if a
+        layer is called more than once, or never."""
+        groups: list[_Group] = []
+        wanted = [leaf for leaf in self.places if self._block_of(leaf) == self.block and _grams(leaf)]
+        seen: list[Leaf] = []
+
+        def hook(leaf: Leaf) -> Any:
+            def take(module: nn.Module, args: Any) -> None:
+                seen.append(leaf)
+                if not groups or groups[-1].last is not args[0]:
+                    groups.append(_Group([], last=args[0]))
+                groups[-1].leaves.append(leaf)
+
+            return take
+
+        with self._floats() as twins:
+            for leaf in wanted:
+                twins[leaf].register_forward_pre_hook(hook(leaf))
+            self._run(self.hidden[0], self.inputs.calls[0])
+        for group in groups:
+            group.last = None
+        return groups if len(seen) == len(set(seen)) == len(wanted) else None
 
     # ---------------------------------------------------------------------------------------------------------- runs
     def _collect(self, only: _Group | None) -> None:
@@ -158,6 +251,13 @@ class BlockByBlock:
 
     def _advance(self) -> None:
         """The outputs of the current block, as it is by now, are the inputs of the next one."""
+        if self.together is not None:
+            while self.stage < len(self.groups):
+                self._step()
+            with torch.no_grad(), _fast():
+                self.hidden = self.together.step()
+            self.close()
+            return
         with self._floats():
             for i, call in enumerate(self.inputs.calls):
                 self.hidden[i] = self._run(self.hidden[i], call)
@@ -177,7 +277,10 @@ class BlockByBlock:
         replays = {path: _Replay(self.inputs.tuples) for path in self.inputs.paths}
         blocks = {path: self.model.get_submodule(path) for path in self.inputs.paths}
         own = self.model.__dict__["_inc_forward"] or type(self.model).forward.__get__(self.model)
+        watching = [(o, o.enabled) for leaf in self.places if self._block_of(leaf) is None for o in _grams(leaf)]
         try:
+            for observer, _ in watching:
+                observer.enabled = not observer.elements  # those before the blocks have seen all
             for path, stub in replays.items():
                 put(self.model, [path], stub)
             for i, call in enumerate(self.inputs.calls):
@@ -186,19 +289,26 @@ class BlockByBlock:
                 with torch.no_grad():
                     own(*call.whole[0], **call.whole[1])
         finally:
+            for observer, enabled in watching:
+                observer.enabled = enabled
             for path, block in blocks.items():
                 put(self.model, [path], block)
 
     @contextlib.contextmanager
     def _floats(self) -> Iterator[dict[Leaf, nn.Module]]:
+        """As `_placed`, and ready to run data through."""
+        with self._placed() as twins, torch.no_grad(), _fast():
+            yield twins
+
+    @contextlib.contextmanager
+    def _placed(self) -> Iterator[dict[Leaf, nn.Module]]:
         """Plain layers in the places of the current block's leaves, rounded ones with their rounded weights."""
         inside = [leaf for leaf in self.places if self._block_of(leaf) == self.block]
         twins = {leaf: _twin(leaf, self.done.get(leaf)) for leaf in inside}
         try:
             for leaf, twin in twins.items():
                 put(self.model, self.places[leaf], twin)
-            with torch.no_grad(), _fast():
-                yield twins
+            yield twins
         finally:
             for leaf in twins:
                 put(self.model, self.places[leaf], leaf)

@@ -7,6 +7,7 @@ the same passes and lowerings run; the model keeps its class, its methods and it
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
@@ -128,6 +129,13 @@ def _leaf(
     kind = type(module).__name__
     if (reason := unfit(module, parent)) is not None:
         facts.floats.append(OpLine(names[0], names[0], kind, reason))
+        operators = [Named(name, name, types_of_module(type(module)), True) for name in names]
+        spoken = {i for i, r in enumerate(facts.recipe.rules) if any(r.where.fit(op) for op in operators)}
+        matched.update(spoken)
+        for rule in (facts.recipe.rules[i] for i in spoken):
+            if rule.where.kind == "name" and rule.what is not None and rule.what.activation is None:
+                hint = "take it out of set_local, or leave it float with dtype='fp32'"
+                raise ConfigError(f"this layer cannot be quantized: {reason}", module=names[0], hint=hint)
         return None
     if (by_name := _float_by_name(module, names, facts.recipe)) is not None:
         op, reason, spoken = by_name
@@ -223,7 +231,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     timings = Counter(facts.timings)
     new: dict[Leaf, nn.Module] = {}
     missing: list[str] = []
-    with progress("convert", len(found)) as step:
+    with progress("convert", len(found)) as step, contextlib.closing(blocks) if blocks else contextlib.nullcontext():
         for leaf in found if blocks is None else blocks.order():
             step(leaf.path)
             start = time.perf_counter()

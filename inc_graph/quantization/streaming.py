@@ -18,11 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from inc_graph.errors import ConfigError
+from inc_graph.errors import CaptureError, ConfigError
 from inc_graph.quantization.layers import tensors_of
 from inc_graph.quantization.leaf import Leaf
 
-__all__ = ["Checkpoint", "Source", "checkpoint_for", "fill_rest", "filled", "float_layer", "held", "stream"]
+__all__ = [
+    "Checkpoint",
+    "Source",
+    "checkpoint_for",
+    "fill_rest",
+    "filled",
+    "float_layer",
+    "held",
+    "is_streamed",
+    "stream",
+]
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -121,7 +131,8 @@ def checkpoint_for(model: nn.Module, model_path: str) -> Source | None:
         model_path: From the config; "" for where `load_empty_model` found the model.
 
     Raises:
-        ConfigError: there are empty parameters, and no checkpoint that has all of them.
+        CaptureError: there are empty parameters, and nothing says where their values are.
+        ConfigError: the checkpoint does not have all of them.
     """
     empty: dict[int, list[str]] = {}
     for path, _, _, tensor in tensors_of(model, ()):
@@ -132,9 +143,9 @@ def checkpoint_for(model: nn.Module, model_path: str) -> Source | None:
     folder = model_path or getattr(model, "path", "")
     if not folder:
         names = next(iter(empty.values()))
-        raise ConfigError(
-            f"parameter {names[0]!r} is on the meta device and has no values",
-            hint="give the config model_path, the folder of the checkpoint, or load the model's weights",
+        raise CaptureError(
+            f"tensor {names[0]!r} is on the meta device and has no values",
+            hint="load the weights first, or give the config model_path, the folder of a checkpoint",
         )
     checkpoint = Checkpoint(Path(folder))
     prefix = getattr(model, "base_model_prefix", "")
@@ -214,6 +225,11 @@ def stream(leaf: Leaf, source: Source, module: nn.Module) -> None:
     _empty(gm, module)
     gm.register_forward_pre_hook(lambda module, args: found.load(module))
     gm.register_forward_hook(lambda module, args, result: found.drop(module), always_call=True)
+
+
+def is_streamed(leaf: Leaf) -> bool:
+    """Whether the layer's values are in a file."""
+    return "_stream" in leaf.__dict__
 
 
 def float_layer(leaf: Leaf) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,13 @@ class Hessian:
         plain: Without damping: what errors are measured with. 0 if the inputs were.
         damped: With so much added to its diagonal that it is positive definite.
         damping: How much that is, as a share of the mean of the diagonal.
+        factors: Results of `inverse_factor` by order, for the next layer that reads the same inputs.
     """
 
     plain: Tensor
     damped: Tensor
     damping: float
+    factors: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def errors(self, delta: Tensor) -> Tensor:
         """What weights ``[in, out]`` that are off by `delta` cost each output: ``delta^T H delta``, ``[out]``."""
@@ -48,15 +51,19 @@ class Hessian:
 
     def inverse_factor(self, order: Tensor | None) -> Tensor:
         """Upper triangular ``r`` with ``r^T r`` the inverse of ``damped[order][:, order]``. Damps more if need be."""
-        while True:
+        key = None if order is None else tuple(order.tolist())
+        while key not in self.factors:
             h = self.damped if order is None else self.damped[order][:, order]
             for dtype in (torch.float32, torch.float64) if self.damping >= _SAFE else (torch.float64,):
                 found = _inverse_factor(h.to(dtype))
                 if found is not None:
+                    self.factors[key] = found
                     return found
             more = max(10 * self.damping, _LEAST)
             self.damped.diagonal().add_(more - self.damping)
             self.damping = more
+            self.factors.clear()
+        return self.factors[key]
 
 
 def hessian_of(gram: Gram | None, inputs: int, damping: float) -> Hessian:
@@ -68,6 +75,9 @@ def hessian_of(gram: Gram | None, inputs: int, damping: float) -> Hessian:
     matrix = gram.matrix
     if tuple(matrix.shape) != (inputs, inputs):
         raise CalibrationError(f"inputs of {list(matrix.shape)} were collected for a weight with {inputs} inputs")
+    if ("hessian", damping) in gram.known:
+        known: Hessian = gram.known["hessian", damping]
+        return known
     if not bool(matrix.isfinite().all()):
         raise CalibrationError("the inputs of the layer hold NaN or infinity, or their squares overflow")
     mean = matrix.diagonal().double().mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -77,7 +87,8 @@ def hessian_of(gram: Gram | None, inputs: int, damping: float) -> Hessian:
     dead = diagonal <= 0  # inputs that are always 0: whatever their weights are, outputs do not change
     diagonal.add_(damping)
     diagonal[dead] = max(damping, _LEAST)
-    return Hessian(plain, damped, damping)
+    gram.known["hessian", damping] = found = Hessian(plain, damped, damping)
+    return found
 
 
 def _inverse_factor(h: Tensor) -> Tensor | None:

@@ -20,6 +20,12 @@ from inc_graph.quantization import load
 from inc_graph.saving.import_inc import import_inc
 
 
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers compute in float32, so that they can be compared with what was dequantized by hand."""
+    monkeypatch.setenv("INC_COMPUTE_DTYPE", "float32")
+
+
 class Net(nn.Module):
     """Two layers that are quantized, one that is not, and tensors of all kinds."""
 

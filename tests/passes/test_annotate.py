@@ -680,7 +680,7 @@ def test_weights_only() -> None:
     )
     assert not groups(gm) and "it has no weight" in peek_meta(find(gm, "matmul")[0])["float"]
     notes = [peek_meta(n)["weight"] for n in find(gm, "linear")]
-    assert [n["spec"]["granularity"]["size"] for n in notes] == [2, 2] and "correct_bias" not in notes[0]
+    assert [n["spec"]["granularity"]["sizes"] for n in notes] == [[1, 2], [1, 2]] and "correct_bias" not in notes[0]
 
 
 def test_inputs_only() -> None:
@@ -689,7 +689,7 @@ def test_inputs_only() -> None:
 
 
 def test_a_graph_without_a_recipe() -> None:
-    with pytest.raises(PassError, match="carries no recipe"):
+    with pytest.raises(ConfigError, match="carries no recipe"):
         run(captured(nn.Linear(4, 4), ROWS), "annotate")
 
 

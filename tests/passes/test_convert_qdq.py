@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from inc_graph.capture import capture
-from inc_graph.errors import PassError
+from inc_graph.errors import CalibrationError
 from inc_graph.graph import clone, get_level, get_tensor, is_float
 from inc_graph.numerics import fake_quantize
 from inc_graph.oppattern import pattern_of
@@ -91,11 +91,11 @@ def test_golden(qdq: fx.GraphModule) -> None:
 def test_golden_rejected() -> None:
     """Without data there is no scale: nothing is converted, and the message says what to do."""
     gm = observe(net(), *inputs())
-    with pytest.raises(PassError) as nothing:
+    with pytest.raises(CalibrationError) as nothing:
         run(gm, "convert-qdq")
     some = next(m for m in gm.modules() if getattr(m, "elements", None) == 0)
     some(torch.ones(1, 3, 6, 6))
-    with pytest.raises(PassError) as part:
+    with pytest.raises(CalibrationError) as part:
         run(gm, "convert-qdq")
     check_golden("convert-qdq/rejected.txt", f"{nothing.value}\n\n{part.value}\n")
     assert get_level(gm) == "observed"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from inc_graph.errors import ConfigError
 from inc_graph.graph import clone, mutated_attrs
 from inc_graph.ops import is_dequantize, is_quantize
 from inc_graph.recipe import OpQuant, Recipe
@@ -92,7 +93,11 @@ def test_mixed_formats(seed: int) -> None:
     model = RandomModel(seed + 100, size=20)
     args, kwargs = model.inputs(seed)
     unchanged = bits(model)
-    q = quantize(model, *args, plan=mixed(seed, 20), **kwargs)
+    try:
+        q = quantize(model, *args, plan=mixed(seed, 20), **kwargs)
+    except ConfigError as e:  # a weight-only rule names what has no weight to quantize: said, and nothing changed
+        assert "this operator cannot be quantized" in str(e) and unchanged()
+        return
     check(q)
     with torch.no_grad():
         first = clone(q)(*args, **kwargs)

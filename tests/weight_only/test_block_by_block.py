@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from inc_graph.errors import CalibrationError, IncWarning
-from inc_graph.quantization import GPTQConfig, RTNConfig, convert, finalize_calibration, prepare, quantize
+from inc_graph.quantization import (
+    GPTQConfig,
+    RTNConfig,
+    block_by_block,
+    convert,
+    finalize_calibration,
+    prepare,
+    quantize,
+)
 from inc_graph.quantization.block_inputs import block_inputs_of
 from inc_graph.weights import Gram
 
@@ -107,7 +115,15 @@ def test_calibration_stops_at_the_first_block(tuples: bool) -> None:
             use()
 
 
-def test_each_block_is_rounded_on_what_the_rounded_ones_give(grams: list[Any]) -> None:
+@pytest.fixture(params=["lockstep", "two runs"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a block is run: calls that wait for its layers to be rounded, or twice."""
+    if request.param == "two runs":
+        monkeypatch.setattr(block_by_block, "LOCKSTEP_BYTES", -1)
+    return str(request.param)
+
+
+def test_each_block_is_rounded_on_what_the_rounded_ones_give(grams: list[Any], way: str) -> None:
     model, batches = made(), data()
     original = copy.deepcopy(model)
     prepared = prepare(model, GPTQConfig(group_size=16, bits=3))
@@ -124,6 +140,10 @@ def test_each_block_is_rounded_on_what_the_rounded_ones_give(grams: list[Any]) -
             i = int(path.split(".")[1])
             for before in [f"blocks.{i - 1}.{n}" for n in ("q", "k", "down")] if i else []:
                 mixed.get_submodule(before).weight.data = q.get_submodule(before).weight.detach()
+        if path.endswith(".down") and way == "lockstep":
+            for n in ("q", "k"):
+                before = f"{path.removesuffix('.down')}.{n}"
+                mixed.get_submodule(before).weight.data = q.get_submodule(before).weight.detach()
         assert shape == tuple(original.get_submodule(path).weight.shape)
         if path != "head":
             near(gram.matrix, products(mixed, path, batches))
@@ -135,7 +155,7 @@ def test_each_block_is_rounded_on_what_the_rounded_ones_give(grams: list[Any]) -
     assert grams[1][1].known is grams[2][1].known  # q and k read the same tensor
 
 
-def test_true_sequential_sees_the_rounded_layers_of_its_own_block(grams: list[Any]) -> None:
+def test_true_sequential_sees_the_rounded_layers_of_its_own_block(grams: list[Any], way: str) -> None:
     model, batches = made(blocks=2), data()
     original = copy.deepcopy(model)
     prepared = prepare(model, GPTQConfig(group_size=16, bits=2, true_sequential=True))
@@ -195,7 +215,9 @@ def test_after_finalize_calibration_nothing_is_taken_in() -> None:
     assert torch.allclose(prepared(x), model(x), atol=1e-5)  # the whole model runs again
     known = block_inputs_of(prepared)
     assert known is not None and len(known.calls) == 1
-    convert(prepared)
+    with pytest.warns(IncWarning, match="fewer rows"):
+        q: Any = convert(prepared)
+    assert {line.name for line in q.report.weights} >= {"first", "blocks.2.down", "head"}
 
 
 def test_few_rows_are_warned_of_with_the_rank() -> None:
@@ -204,6 +226,50 @@ def test_few_rows_are_warned_of_with_the_rank() -> None:
     with pytest.warns(IncWarning, match=r"fewer rows of calibration data than inputs.*rank 5"):
         q: Any = convert(prepared)
     assert {line.rank for line in q.report.weights} == {5}
+
+
+class Twice(Block):
+    """Calls one of its layers twice."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Any:
+        return super().forward(x + self.q(x), shift)
+
+
+def test_a_layer_that_is_called_twice(grams: list[Any]) -> None:
+    model, batches = made(), data()
+    model.blocks = nn.ModuleList(Twice() for _ in range(2)).eval()
+    original = copy.deepcopy(model)
+    prepared = prepare(model, GPTQConfig(group_size=16))
+    for x in batches:
+        prepared(x)
+    convert(prepared)
+    near(grams[1][1].matrix, products(original, "blocks.0.q", batches))
+    assert grams[1][1].count == 2 * 4 * 24
+
+
+def test_a_failure_in_the_middle_of_a_block_leaves_the_model_prepared(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inc_graph.passes.qparams.gptq import GPTQ
+
+    prepared: Any = prepare(made(), GPTQConfig(group_size=16))
+    for x in data():
+        prepared(x)
+    solve, count = GPTQ.solve, 0
+
+    def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 6:  # in the second block
+            raise RuntimeError("out of luck")
+        return solve(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPTQ, "solve", fails)
+    with pytest.raises(Exception, match="out of luck"):
+        convert(prepared)
+    monkeypatch.setattr(GPTQ, "solve", solve)
+    assert type(prepared.blocks[1].q).__name__ == "Leaf"
+    assert convert(prepared)(data()[0]).shape == (24, 8)
 
 
 # --------------------------------------------------------------------------------------------- models without a chain

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import inc_graph.quantization as c
-from inc_graph.errors import CalibrationError, ConfigError, UnusedRuleWarning
+from inc_graph.errors import CalibrationError, CaptureError, ConfigError, UnusedRuleWarning
 from inc_graph.ops import is_dequantize, is_unpack
-from inc_graph.quantization import convert, prepare, quantize
+from inc_graph.quantization import block_by_block, convert, prepare, quantize
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.recipe import get_recipe
 
@@ -153,6 +153,13 @@ def test_refused_and_nothing_changed(config: Any, text: str, scope: str) -> None
     assert torch.equal(model(*INPUTS), want)
 
 
+def test_a_layer_that_cannot_be_quantized_is_an_error_if_it_is_named() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(32, 2), "fc": nn.Linear(32, 32)}).eval()
+    prepare(model, c.RTNConfig(), inplace=False)  # everything: what cannot be is in the report
+    with pytest.raises(ConfigError, match=r"(?s)reads its weight and never calls it.*attn.out_proj"):
+        prepare(model, c.RTNConfig().set_local("attn.out_proj", c.RTNConfig(bits=8)))
+
+
 @SCOPES
 def test_a_weight_that_is_not_finite(scope: str) -> None:
     model = made()
@@ -211,9 +218,12 @@ def test_what_a_method_is_for_is_no_claim_on_the_rest() -> None:
 
 # -------------------------------------------------------------------------------------------------- from a checkpoint
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("config", [c.RTNConfig(), c.HQQConfig(group_size=32), c.GPTQConfig()], ids=lambda x: x.name)
-def test_streamed_from_a_checkpoint(config: Any, sharded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [c.RTNConfig(), c.HQQConfig(group_size=16), c.GPTQConfig()], ids=lambda x: x.name)
+def test_streamed_from_a_checkpoint(
+    config: Any, sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(block_by_block, "LOCKSTEP_BYTES", -1)  # what is streamed runs block by block, in two runs
     from inc_graph.utils import load_empty_model
 
     torch.manual_seed(0)
@@ -248,7 +258,7 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
         with torch.device("meta"):
             return nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).eval()
 
-    with pytest.raises(ConfigError, match=r"(?s)'0.weight' is on the meta device.*model_path"):
+    with pytest.raises(CaptureError, match=r"(?s)'0.weight' is on the meta device.*model_path"):
         prepare(empty(), c.RTNConfig())
     with pytest.raises(ConfigError, match=r"has no model\.safetensors"):
         prepare(empty(), c.RTNConfig(model_path=str(tmp_path)))
@@ -265,3 +275,19 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     save_file(good, tmp_path / "model.safetensors")
     q = convert(empty(), c.RTNConfig(model_path=str(tmp_path / "model.safetensors")))
     assert q(torch.zeros(1, 32)).shape == (1, 32)
+
+
+@SCOPES
+def test_convolutions_take_their_bits(scope: str) -> None:
+    """Kernels of 1 x 1 too, whose rows would take a byte each if they were packed one by one."""
+    model = nn.Sequential(nn.Conv2d(64, 32, 1, bias=False), nn.Conv2d(32, 64, 3, bias=False)).eval()
+    x = torch.randn(1, 64, 9, 9)
+    config = c.RTNConfig(bits=4, group_size=-1).set_local(nn.Conv2d, c.RTNConfig(bits=4, group_size=-1))
+    example = {"example_inputs": (x,)} if scope == "graph" else {}
+    q: Any = quantize(copy.deepcopy(model), config, **example)
+    weights = 64 * 32 + 64 * 32 * 9
+    assert q.report.bytes_after <= weights / 2 + 2 * (32 + 64)
+    assert float((q(x) - model(x)).norm() / model(x).norm()) < 0.3
+
+    r: Any = convert(prepare(copy.deepcopy(model), config, **example), reference=True)
+    torch.testing.assert_close(r(x), q(x), rtol=1e-4, atol=1e-4)
