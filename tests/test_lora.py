@@ -15,6 +15,8 @@ from inc_graph.errors import IncError
 from inc_graph.quantization import RTNConfig, StaticQuantConfig, load, quantize, save
 from inc_graph.quantization.leaf import Leaf
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 CONFIG = RTNConfig(group_size=32)
 

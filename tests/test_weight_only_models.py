@@ -17,6 +17,8 @@ from inc_graph.quantization.read_only import ReadOnly
 from inc_graph.verify import verify
 from tests.weight_only_models import CONFIGS, SCOPES, Words, everything, ids, quantized, tensors
 
+pytestmark = pytest.mark.slow
+
 scoped = pytest.mark.parametrize("scope", SCOPES)
 
 

@@ -18,6 +18,8 @@ from inc_graph.lowering import _native
 from inc_graph.lowering import _weight_only as wo
 from inc_graph.lowering._weight_only_native import Kernels, kernels
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(_native.__file__).with_name("_weight_only.c")
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(c) for c in ("cc", "gcc", "clang")), reason="there is no C compiler"

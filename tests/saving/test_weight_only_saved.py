@@ -16,6 +16,8 @@ from inc_graph.errors import IncError, SavedModelError
 from inc_graph.quantization import RTNConfig, load, quantize, save
 from tests.weight_only_models import CONFIGS, SCOPES, Words, everything, ids, quantized, tensors
 
+pytestmark = pytest.mark.slow
+
 scoped = pytest.mark.parametrize("scope", SCOPES)
 
 
