@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,11 @@ print(between - start, time.process_time() - between)
 
 def run(program: str) -> str:
     command, elsewhere = [sys.executable, "-c", program], tempfile.gettempdir()  # not what lies in this folder
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=elsewhere)
+    env = {
+        **os.environ,
+        "PYTHONDONTWRITEBYTECODE": "",
+    }  # an installed package has its bytecode; the first run writes it
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=elsewhere, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -20,6 +20,8 @@ from inc_graph.quantization import prepare
 from inc_graph.quantization.layers import leaves
 from inc_graph.recipe import get_recipe
 
+pytestmark = pytest.mark.slow
+
 
 class Sub(nn.Linear):
     pass

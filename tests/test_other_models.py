@@ -28,6 +28,8 @@ from inc_graph.ops import is_inc
 from inc_graph.quantization import StaticQuantConfig, convert, prepare
 from inc_graph.report import Report
 
+pytestmark = pytest.mark.slow
+
 LAYERS = (
     "linear",
     "embedding",

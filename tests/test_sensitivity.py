@@ -34,6 +34,8 @@ from inc_graph.quantization import tuning_trial as trials
 from inc_graph.quantization.sensitivity import Measured, _Noise, measure
 from inc_graph.quantization.sensitivity_search import LayerDamage, Outcome, Plan, Sensitivity, float_config, search
 
+pytestmark = pytest.mark.slow
+
 FLOAT = StaticQuantConfig(w_dtype="fp32")
 TENSOR = StaticQuantConfig(w_granularity="per_tensor", bias_correction=False, reduce_range=False)
 PLAIN = StaticQuantConfig(bias_correction=False, reduce_range=False)

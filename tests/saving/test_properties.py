@@ -27,6 +27,7 @@ from inc_graph.saving.values import decode, encode
 from inc_graph.text import to_text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exported", [True, False], ids=["graph", "layers"])
 @settings(max_examples=12)
 @given(seed=st.integers(0, 2**16))
