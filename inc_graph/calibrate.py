@@ -13,7 +13,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from inc_graph.errors import CalibrationError, ConfigError
 from inc_graph.numerics import affine_qparams, block_range
 from inc_graph.registry import ALGORITHMS
 from inc_graph.spec import QSpec, scale_shape
+from inc_graph.weights import with_options
 
 __all__ = ["Observer", "RangeEstimator", "State", "blocks", "estimator", "run_calibration"]
 
@@ -157,11 +158,7 @@ def estimator(name: str, **options: Any) -> RangeEstimator:
     if not (isinstance(cls, type) and issubclass(cls, RangeEstimator)):
         known = [n for n, c in ALGORITHMS.items() if isinstance(c, type) and issubclass(c, RangeEstimator)]
         raise ConfigError(f"{name!r} does not estimate ranges", hint=f"these do: {', '.join(known)}")
-    valid = [f.name for f in fields(cls) if f.init]
-    if unknown := sorted(set(options) - set(valid)):
-        hint = f"valid options: {', '.join(valid)}" if valid else "it has no options"
-        raise ConfigError(f"range estimator {name!r} has no option {', '.join(map(repr, unknown))}", hint=hint)
-    return cls(**options)
+    return with_options("range estimator", name, cls, options)
 
 
 class Observer(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from inc_graph.numerics import dequantize
 from inc_graph.registry import ALGORITHMS
 from inc_graph.spec import QSpec, scale_shape
 
-__all__ = ["Codes", "Gram", "WeightAlgorithm", "narrow_scale", "narrow_zero_point", "weight_algorithm"]
+__all__ = ["Codes", "Gram", "WeightAlgorithm", "narrow_scale", "narrow_zero_point", "weight_algorithm", "with_options"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,15 @@ def weight_algorithm(name: str, **options: Any) -> WeightAlgorithm:
     cls = ALGORITHMS.get(name)
     if not (isinstance(cls, type) and issubclass(cls, WeightAlgorithm)):
         raise ConfigError(f"{name!r} does not find the codes of a weight")
-    valid = [f.name for f in fields(cls) if f.init]
+    return with_options("weight algorithm", name, cls, options)
+
+
+def with_options(what: str, name: str, cls: type[T], options: Mapping[str, Any]) -> T:
+    """An object of a dataclass whose fields are its options. ConfigError, which calls it `what`, on unknown ones."""
+    valid = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
     if unknown := sorted(set(options) - set(valid)):
         hint = f"valid options: {', '.join(valid)}" if valid else "it has no options"
-        raise ConfigError(f"weight algorithm {name!r} has no option {', '.join(map(repr, unknown))}", hint=hint)
+        raise ConfigError(f"{what} {name!r} has no option {', '.join(map(repr, unknown))}", hint=hint)
     return cls(**options)
 
 

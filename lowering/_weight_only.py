@@ -13,8 +13,6 @@ them. Which way a linear layer is computed is chosen by its rows when it runs:
 
 from __future__ import annotations
 
-import functools
-import platform
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from inc_graph import numerics
 from inc_graph.errors import SpecError
+from inc_graph.fast import fast_dtype
 from inc_graph.lowering._weight_only_native import Kernels, kernels
 from inc_graph.packing import check_packed, unpack
 from inc_graph.qtypes import QType, get_qtype
@@ -37,15 +36,6 @@ FEW = 16
 _BUFFER = 4 << 20  # bytes of values at a time: a part of the last cache
 
 taken: Counter[str] = Counter()
-
-
-@functools.cache
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it, else float32: what float32 layers are computed in."""
-    names = ("avx512_bf16", "amx_tile")  # with AVX-512 alone oneDNN has it too, emulated
-    has = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names)
-    arm = platform.machine().lower() in ("aarch64", "arm64")
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and (has or arm) else torch.float32
 
 
 # ----------------------------------------------------------------------------------------------------------- linear

@@ -205,7 +205,7 @@ def _solved(layer: fx.Node, weight: torch.Tensor, annotation: dict[str, Any], gr
         if e.node is None and e.module is None:
             raise type(e)(e.message, node=layer, module=module_path(layer), hint=e.hint) from e
         raise
-    if "error" not in found.notes:
+    if not found.notes:
         return found
     return replace(found, notes={**found.notes, "seconds": round(time.perf_counter() - start, 4)})
 

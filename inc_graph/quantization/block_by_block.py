@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inc_graph.gram import GramObserver, add_products
+from inc_graph.fast import fast_dtype
+from inc_graph.gram import add_products
 from inc_graph.graph import peek_meta
 from inc_graph.options import parse_algorithm
-from inc_graph.quantization.block_inputs import BlockInputs, Call, Stop
+from inc_graph.quantization.block_inputs import BlockInputs, Call, Stop, grams
 from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.layers import put
 from inc_graph.quantization.leaf import Leaf
@@ -87,19 +88,22 @@ class BlockByBlock:
     # --------------------------------------------------------------------------------------------------------- order
     def order(self) -> Iterator[Leaf]:
         """All leaves: those before the blocks, those of one block after the other, those behind the blocks."""
-        where = {leaf: self._block_of(leaf) for leaf in self.places}
-        outside = [leaf for leaf in self.places if where[leaf] is None]
+        outside = self._inside(None)
         late = [leaf for leaf in outside if not _has_seen(leaf)]
         yield from (leaf for leaf in outside if leaf not in late)
         for b in range(len(self.inputs.paths)):
-            inside = [leaf for leaf in self.places if where[leaf] == b]
-            yield from (leaf for leaf in inside if not _grams(leaf))  # rounded before any data runs
-            if any(_grams(leaf) for leaf in inside):
+            inside = self._inside(b)
+            yield from (leaf for leaf in inside if not grams(leaf))  # rounded before any data runs
+            if any(grams(leaf) for leaf in inside):
                 self._enter(b)
                 yield from [leaf for group in self.groups for leaf in group.leaves]
                 reached = {leaf for group in self.groups for leaf in group.leaves}
-                yield from (leaf for leaf in inside if _grams(leaf) and leaf not in reached)
+                yield from (leaf for leaf in inside if grams(leaf) and leaf not in reached)
         yield from late
+
+    def _inside(self, block: int | None) -> list[Leaf]:
+        """The leaves of a block; of none, for None."""
+        return [leaf for leaf in self.places if self._block_of(leaf) == block]
 
     def _block_of(self, leaf: Leaf) -> int | None:
         for b, path in enumerate(self.inputs.paths):
@@ -114,7 +118,7 @@ class BlockByBlock:
                 self._tail()
             return
         at = next((i for i, group in enumerate(self.groups) if leaf in group.leaves), None)
-        if at is None or not _grams(leaf):
+        if at is None or not grams(leaf):
             return
         group = self.groups[at]
         if self.together is not None:
@@ -133,7 +137,7 @@ class BlockByBlock:
                 self.twins[leaf]._parameters["weight"] = _twin(leaf, converted)._parameters["weight"]
         group = next((g for g in self.groups if leaf in g.leaves), None)
         if group is not None:
-            for observer in _grams(leaf):  # large, and collected anew if the model is converted again
+            for observer in grams(leaf):  # large, and collected anew if the model is converted again
                 observer.reset()
             if leaf is group.leaves[-1]:
                 group.total, group.known = None, {}
@@ -186,7 +190,7 @@ class BlockByBlock:
         """The groups of layers that read one tensor, in the order in which they are called, seen in one call; None if a
         layer is called more than once, or never."""
         groups: list[_Group] = []
-        wanted = [leaf for leaf in self.places if self._block_of(leaf) == self.block and _grams(leaf)]
+        wanted = [leaf for leaf in self._inside(self.block) if grams(leaf)]
         seen: list[Leaf] = []
 
         def hook(leaf: Leaf) -> Any:
@@ -209,7 +213,7 @@ class BlockByBlock:
     # ---------------------------------------------------------------------------------------------------------- runs
     def _collect(self, only: _Group | None) -> None:
         """One run of a block's inputs for the products of the inputs of its layers (of one group alone)."""
-        wanted = [leaf for leaf in self.places if self._block_of(leaf) == self.block and _grams(leaf)]
+        wanted = [leaf for leaf in self._inside(self.block) if grams(leaf)]
         if only is not None:
             only.total, only.rows, only.last, only.known = None, 0, None, {}
             wanted = list(only.leaves)
@@ -272,12 +276,10 @@ class BlockByBlock:
         while self.block < len(self.inputs.paths):
             self._advance()
             self.block += 1
-            if self.block == len(self.inputs.paths):
-                break
         replays = {path: _Replay(self.inputs.tuples) for path in self.inputs.paths}
         blocks = {path: self.model.get_submodule(path) for path in self.inputs.paths}
         own = self.model.__dict__["_inc_forward"] or type(self.model).forward.__get__(self.model)
-        watching = [(o, o.enabled) for leaf in self.places if self._block_of(leaf) is None for o in _grams(leaf)]
+        watching = [(o, o.enabled) for leaf in self._inside(None) for o in grams(leaf)]
         try:
             for observer, _ in watching:
                 observer.enabled = not observer.elements  # those before the blocks have seen all
@@ -303,8 +305,7 @@ class BlockByBlock:
     @contextlib.contextmanager
     def _placed(self) -> Iterator[dict[Leaf, nn.Module]]:
         """Plain layers in the places of the current block's leaves, rounded ones with their rounded weights."""
-        inside = [leaf for leaf in self.places if self._block_of(leaf) == self.block]
-        twins = {leaf: _twin(leaf, self.done.get(leaf)) for leaf in inside}
+        twins = {leaf: _twin(leaf, self.done.get(leaf)) for leaf in self._inside(self.block)}
         try:
             for leaf, twin in twins.items():
                 put(self.model, self.places[leaf], twin)
@@ -342,13 +343,9 @@ def _twin(leaf: Leaf, converted: Leaf | None) -> nn.Module:
 
 def _fast() -> Any:
     """Autocast to bfloat16, where that is fast."""
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if fast_dtype() == torch.bfloat16:
         return torch.autocast("cpu", dtype=torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def _grams(leaf: Leaf) -> list[GramObserver]:
-    return [o for o in observers_of(leaf) if isinstance(o, GramObserver)]
 
 
 def _has_seen(leaf: Leaf) -> bool:
@@ -356,7 +353,7 @@ def _has_seen(leaf: Leaf) -> bool:
 
 
 def _fill(leaf: Leaf, group: _Group) -> None:
-    for observer in _grams(leaf):
+    for observer in grams(leaf):
         observer.total, observer.count, observer.known = group.total, group.rows, group.known
         observer.elements = group.rows * group.total.shape[0]  # type: ignore[union-attr]
 

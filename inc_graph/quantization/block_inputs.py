@@ -12,7 +12,7 @@ calibration goes on over the whole model, and each layer is rounded on its own i
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from inc_graph.gram import GramObserver
 from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.leaf import Leaf
 
-__all__ = ["BlockInputs", "Call", "NotComputed", "block_inputs_of", "stop_at_blocks", "undo"]
+__all__ = ["BlockInputs", "Call", "NotComputed", "block_inputs_of", "grams", "stop_at_blocks", "undo"]
 
 _MARK = "_inc_block_inputs"
 
@@ -205,7 +205,7 @@ def _first(model: nn.Module, known: BlockInputs, own: Callable[..., Any], args: 
     for module in model.modules():
         if isinstance(module, Leaf) and observers_of(module):
             hooks.append(module.register_forward_pre_hook(late))
-    collecting = [o for o in observers_of(model) if isinstance(o, GramObserver)]
+    collecting = grams(model)
     for observer in collecting:
         observer.enabled = False
     try:
@@ -252,6 +252,6 @@ def _same(a: Any, b: Any) -> bool:
         return False
 
 
-def grams(model: nn.Module) -> Iterator[GramObserver]:
-    """The gram observers of a model."""
-    return (o for o in observers_of(model) if isinstance(o, GramObserver))
+def grams(model: nn.Module) -> list[GramObserver]:
+    """The gram observers of a model, or of one layer."""
+    return [o for o in observers_of(model) if isinstance(o, GramObserver)]

@@ -112,7 +112,7 @@ def _plan(model: nn.Module, facts: _Facts, source: Source | None) -> list[tuple[
         if rule.where.kind not in ("all", "implied") and i not in matched:
             message = f"{rule.origin or rule.where} matched no operator of the model"
             warnings.warn(message, UnusedRuleWarning, stacklevel=5)
-    operators = [Named(p, p, types_of_module(type(m)), True) for m, names in paths.items() for p in names]
+    operators = [op for m, names in paths.items() for op in _named(m, names)]
     dead, twice = in_vain(facts.recipe.rules, operators)
     for text in dead:
         warnings.warn(text, UnusedRuleWarning, stacklevel=5)
@@ -129,8 +129,7 @@ def _leaf(
     kind = type(module).__name__
     if (reason := unfit(module, parent)) is not None:
         facts.floats.append(OpLine(names[0], names[0], kind, reason))
-        operators = [Named(name, name, types_of_module(type(module)), True) for name in names]
-        spoken = {i for i, r in enumerate(facts.recipe.rules) if any(r.where.fit(op) for op in operators)}
+        spoken = _rules_by_name(_named(module, names), facts.recipe)
         matched.update(spoken)
         for rule in (facts.recipe.rules[i] for i in spoken):
             if rule.where.kind == "name" and rule.what is not None and rule.what.activation is None:
@@ -172,12 +171,22 @@ def _float_by_name(module: nn.Module, names: list[str], recipe: Recipe) -> tuple
     """(operator type, reason, rules that speak of it) of a layer that stays float whatever is in it: it is not even
     captured. None if it may be quantized."""
     pattern = pattern_of_module(type(module))
-    operators = [Named(name, name, types_of_module(type(module)), True) for name in names]
+    operators = _named(module, names)
     reasons = [recipe.why_float(decide(recipe.rules, op)) for op in operators]
     if pattern is None or not all(reasons):
         return None
-    spoken = {i for i, rule in enumerate(recipe.rules) if any(rule.where.fit(op) is not None for op in operators)}
-    return pattern.name, str(reasons[0]), spoken
+    return pattern.name, str(reasons[0]), _rules_by_name(operators, recipe)
+
+
+def _named(module: nn.Module, names: list[str]) -> list[Named]:
+    """A layer as rules know it, under each of its names."""
+    types = types_of_module(type(module))
+    return [Named(name, name, types, True) for name in names]
+
+
+def _rules_by_name(operators: list[Named], recipe: Recipe) -> set[int]:
+    """The indices of the rules that speak of one of the operators."""
+    return {i for i, rule in enumerate(recipe.rules) if any(rule.where.fit(op) is not None for op in operators)}
 
 
 def _rules_for(gm: fx.GraphModule, name: str, module: nn.Module, rules: tuple[WhereRule, ...]) -> set[int]:
