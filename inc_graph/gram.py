@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,49 +11,32 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from inc_graph.batches import Batch
 from inc_graph.errors import CalibrationError
+from inc_graph.products import add_products
 from inc_graph.weights import Gram
 
-__all__ = ["GramObserver", "add_products"]
-
-_TILE = 384  # columns: what lies above the diagonal of tiles is the transpose of what lies below
-
-
-def add_products(total: Tensor | None, rows: Tensor) -> Tensor:
-    """``total + rows^T rows`` in float32, a new tensor; `rows` is [n, in], any float dtype.
-
-    Only the tiles on and below the diagonal are computed, so that the result is symmetric to the last bit.
-    """
-    rows = rows.float()
-    n = rows.shape[1]
-    out = rows.new_zeros(n, n) if total is None else total.clone()
-    for a in range(0, n, _TILE):
-        left = rows[:, a : a + _TILE]
-        for b in range(0, a + 1, _TILE):
-            right = rows[:, b : b + _TILE]
-            tile = out[a : a + _TILE, b : b + _TILE]
-            tile.addmm_(left.t(), right)
-            if a != b:
-                out[b : b + _TILE, a : a + _TILE] = tile.t()
-    return out
+__all__ = ["GramObserver"]
 
 
 class GramObserver(nn.Module):
-    """Identity on the input [*, in] of a linear layer that collects its `Gram`.
+    """Identity on the input of a layer that collects its `Gram`.
 
     Args:
         node, module: The layer, for messages.
+        unfold: For a convolution: makes chunks of rows [groups, n, in] of an input. None: the input is [*, in].
 
     Attributes:
         elements: Numbers taken in.
         enabled: False makes it a bare identity.
-        total: float32 [in, in] or None before the first batch. Never changed in place.
-        count: Rows taken in.
+        total: float32 [in, in], with `unfold` [groups, in, in], or None before the first batch. Never changed in place.
+        count: Rows taken in (of each group).
         known: See `Gram.known`; layers that read the same inputs share it.
     """
 
-    def __init__(self, node: str = "", module: str = "") -> None:
+    def __init__(
+        self, node: str = "", module: str = "", unfold: Callable[[Tensor], Iterable[Tensor]] | None = None
+    ) -> None:
         super().__init__()
-        self.node, self.module_path = node, module
+        self.node, self.module_path, self.unfold = node, module, unfold
         self.count = self.elements = 0
         self.known: dict[Any, Any] = {}
         self.enabled = True
@@ -81,16 +65,31 @@ class GramObserver(nn.Module):
         return x
 
     def _add(self, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        if self.total is not None and self.total.shape[0] != rows.shape[1]:
-            raise self._error(f"its input had {self.total.shape[0]} channels before and has {rows.shape[1]} now", None)
+        total, count, elements = self.total, self.count, self.elements
+        for rows in [x.reshape(-1, x.shape[-1])] if self.unfold is None else self.unfold(x):
+            if total is not None and total.shape[-1] != rows.shape[-1]:
+                raise self._error(f"its input had {total.shape[-1]} channels before and has {rows.shape[-1]} now", None)
+            total = self._sum(total, rows)
+            count, elements = count + rows.shape[-2], elements + rows.numel()
+        if total is None or count == self.count:
+            return
         if self.batch is not None:
             self.batch.note(self)
-        total = add_products(self.total, rows)
-        if not bool(total.diagonal().isfinite().all()):  # of a square no NaN and no infinity is lost
+        if not bool(total.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # of a square no NaN and no infinity is lost
             raise self._error("its input holds NaN or infinity, or is too large to be squared", "check that batch")
-        self.total, self.count, self.elements = total, self.count + len(rows), self.elements + rows.numel()
-        self.known = {}
+        self.total, self.count, self.elements, self.known = total, count, elements, {}
+
+    def _sum(self, total: Tensor | None, rows: Tensor) -> Tensor:
+        """`total` and the products of more rows; in place, if `total` is of this batch."""
+        own = total is not self.total
+        if rows.ndim == 2:
+            return add_products(total, rows, inplace=own)
+        if len(rows) == 1:
+            return add_products(None if total is None else total[0], rows[0], inplace=own)[None]
+        rows = rows.float()
+        found = torch.bmm(rows.mT, rows)
+        found = found.add(found.mT).mul_(0.5)  # symmetric to the last bit
+        return found if total is None else total.add_(found) if own else total + found
 
     def gram(self) -> Gram:
         """What was collected. CalibrationError without data."""

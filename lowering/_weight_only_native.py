@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inc_graph.lowering._native import load, parallel_region
+from inc_graph.native import load, parallel_region
 from inc_graph.qtypes import QType
 
 __all__ = ["Kernels", "kernels"]

@@ -263,6 +263,7 @@ def test_progress_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
             step("one")
             step("two")
         assert "work: two" in terminal.getvalue()
+        assert (", left" in terminal.getvalue()) == (total is not None)  # without an end there is no time until then
         with progress("work", total, show=False) as step:
             step("three")
         assert "three" not in terminal.getvalue()

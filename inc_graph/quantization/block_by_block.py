@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from inc_graph.fast import fast_dtype
-from inc_graph.gram import add_products
 from inc_graph.graph import peek_meta
 from inc_graph.options import parse_algorithm
+from inc_graph.products import add_products
 from inc_graph.quantization.block_inputs import BlockInputs, Call, Stop, grams
 from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.layers import put
@@ -40,22 +40,46 @@ LOCKSTEP_BYTES = 2 << 30
 """Calls of a block wait in its middle for its layers to be rounded, if together they hold no more than this."""
 
 
+_ROWS = 4096
+
+
 @dataclass
 class _Group:
-    """Layers that read the same tensor."""
+    """Layers that read the same tensor, and the products of what was seen of it."""
 
     leaves: list[Leaf]
     total: Tensor | None = None
     rows: int = 0
     last: Tensor | None = None
     known: dict[Any, Any] = field(default_factory=dict)
+    waiting: Tensor | None = None  # room for rows that are not multiplied yet: many at once are faster
+    filled: int = 0
 
     def take(self, x: Tensor) -> None:
         if x is self.last:
             return
         self.last = x
         rows = x.detach().reshape(-1, x.shape[-1])
-        self.total, self.rows = add_products(self.total, rows), self.rows + len(rows)
+        self.rows += len(rows)
+        if self.waiting is None:  # of the dtype that the layers multiply
+            kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else rows.dtype
+            self.waiting = rows.new_empty(_ROWS, rows.shape[1], dtype=kind)
+        while len(rows):
+            some = rows[: _ROWS - self.filled]
+            self.waiting[self.filled : self.filled + len(some)] = some
+            self.filled, rows = self.filled + len(some), rows[len(some) :]
+            if self.filled == _ROWS:
+                self.multiply()
+
+    def multiply(self) -> None:
+        if self.waiting is not None and self.filled:
+            self.total = add_products(self.total, self.waiting[: self.filled], inplace=True)
+            self.filled = 0
+
+    def seen(self) -> None:
+        """All calls have been."""
+        self.multiply()
+        self.last = self.waiting = None
 
 
 @dataclass
@@ -176,7 +200,7 @@ class BlockByBlock:
         with torch.no_grad(), _fast():
             for x in self.together.step():
                 self.groups[self.stage].take(x)
-        self.groups[self.stage].last = None
+        self.groups[self.stage].seen()
         self.stage += 1
 
     def _waiting_bytes(self, groups: list[_Group]) -> float:
@@ -251,7 +275,7 @@ class BlockByBlock:
                 for h in hooks:
                     h.remove()
         for group in self.groups:
-            group.last = None
+            group.seen()
 
     def _advance(self) -> None:
         """The outputs of the current block, as it is by now, are the inputs of the next one."""

@@ -1,4 +1,4 @@
-"""Progress of long work, on a terminal only."""
+"""Progress of long work, with the time that it took and (where the number of steps is known) is left. On a terminal."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def progress(what: str, total: int | None = None, show: bool | None = None) -> I
         yield lambda text: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    if total is not None:
+        columns += [TextColumn("{task.completed}/{task.total}, left"), TimeRemainingColumn()]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         started = 0

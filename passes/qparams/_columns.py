@@ -10,25 +10,45 @@ ways over the columns, for all rows at once:
   other columns, the best level of a column is the one nearest to ``q + (E H)[j] / H[j, j]``. No step makes it worse.
 
 Matrices here are transposed, ``[in, out]``: a column of the weight is contiguous. Few columns at a time are dealt with
-one by one, and their effect on the others is one matrix product.
+one by one, by compiled code if there is any, and their effect on the others is one matrix product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from inc_graph.passes.qparams._columns_native import BLOCK, ColumnKernels, column_kernels
 from inc_graph.passes.qparams._levels import Levels
 from inc_graph.passes.qparams._refine import stored
+from inc_graph.passes.qparams._scales import Fp8Window, group_params
 
 __all__ = ["Columns", "Find", "compensate", "descend"]
 
 _INNER = 32  # columns that are dealt with one by one between two products
 
-Find = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
+
+@dataclass(frozen=True)
+class Find:
+    """How the parameters of a group are found when its turn comes.
+
+    Attributes:
+        levels: The format.
+        importance: Of the errors of each column, ``[in]``, for the scales of least error; None: of the full range.
+        window: Only powers of two in there; or None.
+    """
+
+    levels: Levels
+    importance: Tensor | None
+    window: Fp8Window | None
+
+    def __call__(self, weights: Tensor, where: slice) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (or None), ``[out]``, for the weights ``[columns, out]`` of columns `where`."""
+        importance = None if self.importance is None else self.importance[where]
+        return group_params(weights, self.levels, importance, self.window)
 
 
 @dataclass
@@ -68,6 +88,10 @@ class Columns:
         if self.zero is not None and params[1] is not None:
             self.zero[group] = params[1]
 
+    def kernels(self) -> ColumnKernels | None:
+        """Compiled code for these columns, if there is any."""
+        return column_kernels(self.levels, self.k, self.scale, self.zero, self.group_of)
+
     def groups(self) -> Iterator[slice]:
         """Runs of neighbouring columns of one group."""
         start = 0
@@ -89,24 +113,39 @@ def compensate(w: Tensor, r: Tensor, columns: Columns, block: int, find: Find | 
             must be neighbours then.
     """
     starts = {} if find is None else {part.start: part.stop for part in columns.groups()}
-    inverse = r.diagonal().reciprocal().tolist()
-    for a, b in _blocks(len(w), block, starts):
-        errors = torch.empty_like(w[a:b])
-        for c, d in _cut(a, b, _INNER, starts):
-            if find is not None and c in starts:
-                columns.put(columns.group_of[c], find(w[c : starts[c]], slice(c, starts[c])))
-            for j in range(c, d):
-                now, k, error = w[j], columns.k[j], errors[j - a]
-                level = columns.round(j, now, k)
-                if level is not k:
-                    k.copy_(level)
-                torch.addcmul(now, k, columns.scale[columns.group_of[j]], value=-1, out=error).mul_(inverse[j])
-                if j + 1 < d:
-                    w[j + 1 : d].addcmul_(r[j, j + 1 : d, None], error, value=-1)
-            if d < b:
-                w[d:b].addmm_(r[c:d, d:b].T, errors[c - a : d - a], alpha=-1)
+    fast = None if find is not None and find.window is not None else columns.kernels()
+    r, ends = r.contiguous(), torch.zeros(len(w), dtype=torch.int32)
+    for start, stop in starts.items():
+        ends[start] = stop
+    for a, b in _blocks(len(w), block if fast is None else min(block, BLOCK), starts):
+        if fast is None:
+            errors = _compensate(w, r, columns, a, b, find, starts)
+        else:
+            errors = fast.compensate(w, r, a, b, ends, None if find is None else find.importance)
         if b < len(w):
             w[b:].addmm_(r[a:b, b:].T, errors, alpha=-1)
+
+
+def _compensate(
+    w: Tensor, r: Tensor, columns: Columns, a: int, b: int, find: Find | None, starts: dict[int, int]
+) -> Tensor:
+    """The block of columns [a, b), brought up to date within; the errors ``[b - a, out]``, over ``r[j, j]``."""
+    inverse = r.diagonal()[a:b].reciprocal().tolist()
+    errors = torch.empty_like(w[a:b])
+    for c, d in _cut(a, b, _INNER, starts):
+        if find is not None and c in starts:
+            columns.put(columns.group_of[c], find(w[c : starts[c]], slice(c, starts[c])))
+        for j in range(c, d):
+            now, k, error = w[j], columns.k[j], errors[j - a]
+            level = columns.round(j, now, k)
+            if level is not k:
+                k.copy_(level)
+            torch.addcmul(now, k, columns.scale[columns.group_of[j]], value=-1, out=error).mul_(inverse[j - a])
+            if j + 1 < d:
+                w[j + 1 : d].addcmul_(r[j, j + 1 : d, None], error, value=-1)
+        if d < b:
+            w[d:b].addmm_(r[c:d, d:b].T, errors[c - a : d - a], alpha=-1)
+    return errors
 
 
 def descend(gradient: Tensor, h: Tensor, columns: Columns, fit_scale: bool) -> None:
@@ -118,27 +157,44 @@ def descend(gradient: Tensor, h: Tensor, columns: Columns, fit_scale: bool) -> N
         columns: Its levels and scales are improved. The columns of a group are neighbours.
         fit_scale: Whether scales change too.
     """
-    diagonal = h.diagonal().reciprocal().tolist()
-    scratch = torch.empty_like(gradient[0])
-    for part in columns.groups():
-        own, local, inner = columns.k[part], gradient[part].clone(), h[part, part]
-        before = own * columns.scale[columns.group_of[part.start]]
-        if fit_scale:
-            _fit_scale(columns, part, local, inner)
-        scale = columns.scale[columns.group_of[part.start]]
-        for c, d in _cut(0, len(own), _INNER, {}):
-            moved = torch.empty_like(local[c:d])
-            for j in range(c, d):
-                old, change = own[j], moved[j - c]
-                wanted = torch.mul(old, scale, out=scratch).add_(local[j], alpha=diagonal[part.start + j])
-                level = columns.round(part.start + j, wanted, scratch)
-                torch.sub(level, old, out=change).mul_(scale)
-                old.copy_(level)
-                if j + 1 < d:
-                    local[j + 1 : d].addcmul_(inner[j, j + 1 : d, None], change, value=-1)
-            if d < len(own):
-                local[d:].addmm_(inner[d:, c:d], moved, alpha=-1)
-        gradient.addmm_(h[:, part], (own * scale).sub_(before), alpha=-1)
+    if (fast := columns.kernels()) is None:
+        for part in columns.groups():
+            gradient.addmm_(h[:, part], _descend(gradient, h, columns, part, fit_scale), alpha=-1)
+        return
+    h = h.contiguous()
+    for part in _joined(columns.groups(), BLOCK):
+        fit = fit_scale and part.stop - part.start <= BLOCK
+        if fit_scale and not fit:
+            before = columns.scale[columns.group_of[part.start]].clone()
+            _fit_scale(columns, part, gradient[part].clone(), h[part, part])
+            change = columns.k[part] * (columns.scale[columns.group_of[part.start]] - before)
+            gradient.addmm_(h[:, part], change, alpha=-1)
+        for a in range(part.start, part.stop, BLOCK):
+            b = min(a + BLOCK, part.stop)
+            gradient.addmm_(h[:, a:b], fast.descend(gradient, h, a, b, fit), alpha=-1)
+
+
+def _descend(gradient: Tensor, h: Tensor, columns: Columns, part: slice, fit_scale: bool) -> Tensor:
+    """One round over a group of columns; how far their values moved, ``[columns, out]``."""
+    own, local, inner = columns.k[part], gradient[part].clone(), h[part, part]
+    diagonal = inner.diagonal().reciprocal().tolist()
+    before = own * columns.scale[columns.group_of[part.start]]
+    if fit_scale:
+        _fit_scale(columns, part, local, inner)
+    scale, scratch = columns.scale[columns.group_of[part.start]], torch.empty_like(gradient[0])
+    for c, d in _cut(0, len(own), _INNER, {}):
+        moved = torch.empty_like(local[c:d])
+        for j in range(c, d):
+            old, change = own[j], moved[j - c]
+            wanted = torch.mul(old, scale, out=scratch).add_(local[j], alpha=diagonal[j])
+            level = columns.round(part.start + j, wanted, scratch)
+            torch.sub(level, old, out=change).mul_(scale)
+            old.copy_(level)
+            if j + 1 < d:
+                local[j + 1 : d].addcmul_(inner[j, j + 1 : d, None], change, value=-1)
+        if d < len(own):
+            local[d:].addmm_(inner[d:, c:d], moved, alpha=-1)
+    return (own * scale).sub_(before)
 
 
 def _fit_scale(columns: Columns, part: slice, local: Tensor, h: Tensor) -> None:
@@ -150,6 +206,20 @@ def _fit_scale(columns: Columns, part: slice, local: Tensor, h: Tensor) -> None:
     # 0 would lose the group for good; and a zero point stands for 0 only while the scale keeps its sign
     columns.scale[g] = torch.where((curvature > 0) & fitted.isfinite() & (fitted * old > 0), fitted, old)
     local.addmm_(h, k * (columns.scale[g] - old), alpha=-1)
+
+
+def _joined(parts: Iterator[slice], size: int) -> Iterator[slice]:
+    """Neighbouring slices put together up to `size` columns; a longer one stays alone."""
+    whole: slice | None = None
+    for part in parts:
+        if whole is not None and part.stop - whole.start <= size:
+            whole = slice(whole.start, part.stop)
+            continue
+        if whole is not None:
+            yield whole
+        whole = part
+    if whole is not None:
+        yield whole
 
 
 def _blocks(count: int, size: int, starts: dict[int, int]) -> Iterator[tuple[int, int]]:

@@ -99,4 +99,4 @@ def _inverse_factor(h: Tensor) -> Tensor | None:
         return None
     u = factor.flip(0, 1).contiguous()
     r = torch.linalg.solve_triangular(u, torch.eye(len(u), dtype=u.dtype, device=u.device), upper=True)
-    return r.float() if bool(r.isfinite().all()) else None
+    return r.float().contiguous() if bool(r.isfinite().all()) else None

@@ -128,9 +128,7 @@ class GPTQ(ScaleOptions, WeightAlgorithm):
         work = columns if order is None else replace(columns, k=columns.k.clone(), group_of=(order // size).tolist())
         window = Fp8Window.of(target, levels) if self.fp8_aware else None
         importance = r.diagonal().square().reciprocal() if self.search else None
-
-        def find(part: Tensor, where: slice) -> tuple[Tensor, Tensor | None]:
-            return group_params(part, levels, None if importance is None else importance[where], window)
+        find = None if self.static_groups else Find(levels, importance, window)
 
         if self.static_groups:
             costs = None if importance is None else torch.empty_like(importance).index_copy_(0, place, importance)
@@ -148,7 +146,7 @@ class GPTQ(ScaleOptions, WeightAlgorithm):
             added = hessian.damped.diagonal() - hessian.plain.diagonal()
             return gradient.addcmul_(added[:, None], delta, value=-1).mul_(delta).sum(0)
 
-        error = run(None if self.static_groups else find, window is None)
+        error = run(find, window is None)
         kept, used = self.keep_scale(scale.T.contiguous())
         if self.scale_type is not None:  # once more, with the scales that remain
             scale.copy_(used.T)

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from inc_graph import lowering, native
 from inc_graph.errors import IncWarning
-from inc_graph.lowering import _native
 from inc_graph.lowering import _weight_only as wo
 from inc_graph.lowering._weight_only_native import Kernels, kernels
 
 pytestmark = pytest.mark.slow
 
-SOURCE = Path(_native.__file__).with_name("_weight_only.c")
+SOURCE = Path(lowering.__file__).with_name("_weight_only.c")
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(c) for c in ("cc", "gcc", "clang")), reason="there is no C compiler"
 )
@@ -29,7 +29,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Nothing loaded yet, and an empty cache folder."""
-    monkeypatch.setattr(_native, "_loaded", {})
+    monkeypatch.setattr(native, "_loaded", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("INC_NATIVE", raising=False)
     monkeypatch.delenv("CC", raising=False)
@@ -50,13 +50,13 @@ def linear() -> torch.Tensor:
 
 @needs_compiler
 def test_compiled_once_and_found_again(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = _native.load(SOURCE)
-    assert library is not None and _native.load(SOURCE) is library
+    library = native.load(SOURCE)
+    assert library is not None and native.load(SOURCE) is library
     (built,) = fresh.iterdir()
     stamp = built.stat().st_mtime_ns
-    monkeypatch.setattr(_native, "_loaded", {})
-    monkeypatch.setattr(_native, "_compile", lambda *a: pytest.fail("compiled again"))
-    assert _native.load(SOURCE) is not None
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "_compile", lambda *a: pytest.fail("compiled again"))
+    assert native.load(SOURCE) is not None
     assert [f.stat().st_mtime_ns for f in fresh.iterdir()] == [stamp]
 
 
@@ -64,17 +64,17 @@ def test_compiled_once_and_found_again(fresh: Path, monkeypatch: pytest.MonkeyPa
 def test_another_source_or_compiler_is_another_file(fresh: Path, tmp_path: Path) -> None:
     changed = tmp_path / SOURCE.name
     changed.write_bytes(SOURCE.read_bytes() + b"\n")
-    compiler = _native._compiler()
-    keys = {_native._key(SOURCE, compiler), _native._key(changed, compiler), _native._key(SOURCE, [*compiler, "-g"])}
+    compiler = native._compiler()
+    keys = {native._key(SOURCE, compiler), native._key(changed, compiler), native._key(SOURCE, [*compiler, "-g"])}
     assert len(keys) == 3
-    assert _native._key(SOURCE, compiler) in keys
+    assert native._key(SOURCE, compiler) in keys
 
 
 @needs_compiler
 def test_processes_that_start_together_leave_one_library(fresh: Path) -> None:
     code = (
-        "from pathlib import Path; from inc_graph.lowering import _native; "
-        f"assert _native.load(Path({str(SOURCE)!r})) is not None"
+        "from pathlib import Path; from inc_graph import native; "
+        f"assert native.load(Path({str(SOURCE)!r})) is not None"
     )
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
@@ -86,9 +86,9 @@ def test_processes_that_start_together_leave_one_library(fresh: Path) -> None:
 @needs_compiler
 def test_a_damaged_library_is_built_anew(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh.mkdir(parents=True)
-    name = f"weight_only-{_native._key(SOURCE, _native._compiler())}.so"
+    name = f"weight_only-{native._key(SOURCE, native._compiler())}.so"
     (fresh / name).write_bytes(b"half of a file")
-    library = _native.load(SOURCE)
+    library = native.load(SOURCE)
     assert library is not None and Kernels(library).max_rows > 0
     assert [f.name for f in fresh.iterdir()] == [name]
 
@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(fresh: Path) -> None:
     fresh.write_text("a file where the folder should be")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        library = _native.load(SOURCE)
+        library = native.load(SOURCE)
     assert library is not None and fresh.read_text() == "a file where the folder should be"
 
 
@@ -125,7 +125,7 @@ def test_a_library_that_is_not_one_is_refused(fresh: Path, tmp_path: Path, monke
     fake = 'while [ "$1" != "-o" ]; do shift; done; echo text > "$2"'
     monkeypatch.setenv("CC", script(tmp_path / "compiler", fake))
     with pytest.warns(IncWarning, match="cannot be kept or loaded"):
-        assert _native.load(SOURCE) is None
+        assert native.load(SOURCE) is None
 
 
 def test_switched_off_without_a_word(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,8 +143,8 @@ def test_the_portable_code_gives_the_same(fresh: Path, monkeypatch: pytest.Monke
     """As on a processor without AVX-512: plain C, no instruction set asked for."""
     full = kernels()
     assert full is not None
-    monkeypatch.setattr(_native, "_loaded", {})
-    monkeypatch.setattr(_native, "_CPU", ("",))
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "_CPU", ("",))
     plain = kernels()
     assert plain is not None and plain is not full and not plain.bf16_rows
     generator = torch.Generator().manual_seed(0)

@@ -56,9 +56,10 @@ def _try(source: Path) -> ctypes.CDLL | None:
     try:
         return _build(source)
     except Unavailable as e:
-        text = f"weight-only layers run on torch operators, several times slower than compiled code: {e}"
-        hint = "a C compiler (cc, gcc, clang or $CC) is all that is missing; INC_NATIVE=0 silences this"
-        warnings.warn(f"{text}; {hint}", IncWarning, stacklevel=2)
+        if not any(library is None for library in _loaded.values()):  # said once for all sources
+            text = f"torch operators do what compiled code would do several times faster: {e}"
+            hint = "a C compiler (cc, gcc, clang or $CC) is all that is missing; INC_NATIVE=0 silences this"
+            warnings.warn(f"{text}; {hint}", IncWarning, stacklevel=2)
         return None
 
 
