@@ -351,7 +351,7 @@ static int64_t direct_columns(const Job *w, int64_t r0, int count, const float *
   int64_t n = w->cols & ~(int64_t)31;
   const uint8_t *row[NR];
   int known = w->bits <= 4 || (w->bits == 8 && w->kind != TABLE);
-  if (w->x_type != BF16 || count < NR || w->m > 4 * MR || w->block_cols % 32 || !known) return 0;
+  if (w->x_type != BF16 || count < NR || w->m > (w->bits == 8 ? 2 : 4) * MR || w->block_cols % 32 || !known) return 0;
   for (int j = 0; j < NR; j++) row[j] = w->codes + (r0 + j) * w->row_bytes;
   for (int64_t i = 0; i < w->m; i += MR, acc += MR * NR) {
     const uint16_t *x = (const uint16_t *)w->x + i * w->cols;

@@ -170,7 +170,7 @@ def _dequantize(
     qt = get_qtype(qtype)
     _check(codes, scale, zero_point, block, qt, shape)
     flat = _as_matrix(shape, block, qt)
-    native = kernels() if flat is not None else None
+    native = kernels() if flat is not None and codes.device.type == "cpu" else None
     if flat is None or native is None or not native.takes(qt, codes, scale, zero_point):
         taken["torch values"] += 1
         return _values(codes, scale, zero_point, block, qt, shape, dtype)

@@ -25,7 +25,7 @@ from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer,
 from inc_graph.lowering._layouts import settle_layouts
 from inc_graph.lowering._moves import MOVES, check_move, rewrite_move
 from inc_graph.lowering._regions import for_compile
-from inc_graph.lowering._weight_only_claims import LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
+from inc_graph.lowering._weight_only_claims import FORMATS, LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
 from inc_graph.lowering.base import Backend, Claim
 from inc_graph.oppattern import argument
 from inc_graph.ops import DEQUANTIZE, QUANTIZE, is_dequantize
@@ -34,8 +34,6 @@ from inc_graph.registry import BACKENDS
 
 aten = torch.ops.aten
 
-_WEIGHT_ONLY = (*(f"{sign}int{n}" for n in range(2, 9) for sign in ("", "u")), "nf4", "fp4", "fp4_bnb", "fp8_e4m3",
-                "fp8_e5m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxint8")  # fmt: skip
 _LAYERS = ("linear", *(f"conv{'_transpose' * t}{d}d" for t in (0, 1) for d in (1, 2, 3)))
 
 
@@ -96,9 +94,9 @@ class Inductor(Backend):
     name = "inductor"
     capabilities: ClassVar = {
         **dict.fromkeys(_LAYERS, tuple((a, w) for a in CODES for w in WEIGHTS)),
-        "linear": (*((a, w) for a in CODES for w in WEIGHTS), *((None, w) for w in _WEIGHT_ONLY)),
+        "linear": (*((a, w) for a in CODES for w in WEIGHTS), *((None, w) for w in FORMATS)),
         "add": tuple((a, None) for a in CODES),
-        "embedding": tuple((None, w) for w in _WEIGHT_ONLY),
+        "embedding": tuple((None, w) for w in FORMATS),
     }
     compute_dtype: torch.dtype | None = None
     """What weight-only layers are computed in; None: `INC_COMPUTE_DTYPE`, else what is fastest here."""

@@ -22,9 +22,11 @@ from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization import module_scope
 from inc_graph.quantization.base_config import BaseConfig
-from inc_graph.quantization.block_inputs import block_inputs_of
+from inc_graph.quantization.block_inputs import NotComputed, block_inputs_of
 from inc_graph.quantization.composable import as_config
+from inc_graph.quantization.compute_dtype import ComputeDtype, ComputeDtypes, chosen
 from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers, warn_of_weights
+from inc_graph.quantization.kept_calls import keep_calls, kept_calls
 from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
@@ -191,6 +193,7 @@ def _prepare_graph(model: fx.GraphModule, recipe: Recipe, inplace: bool) -> fx.G
     remember_buffers(result.graph)
     refuse_pickling(result.graph)
     one_batch_a_call(result.graph)
+    keep_calls(result.graph, NotComputed)
     result.graph.meta["inc"]["bytes_before"] = attribute_bytes(model)
     result.graph.meta["inc"]["timings"] = [list(t) for t in result.timings]
     return adopt(model, result.graph) if inplace else result.graph
@@ -216,6 +219,7 @@ def convert(
     backend: str | None = None,
     reference: bool = False,
     example_inputs: Any = None,
+    compute_dtype: ComputeDtype = None,
 ) -> nn.Module:
     """Turn a prepared, calibrated model into a quantized one.
 
@@ -228,13 +232,17 @@ def convert(
         backend: Lower to this backend instead of the one it was prepared for.
         reference: Run the Q-DQ meaning itself, on no backend (same as backend="eager").
         example_inputs: As for `prepare`, with a `quant_config`. A prepared model needs none.
+        compute_dtype: What layers with quantized weights and float inputs are computed in: a dtype (float32, bfloat16,
+            float16, float64) or its name; None or "auto": `INC_COMPUTE_DTYPE` if that is set, else what the machine is
+            fast at. {name: dtype} says it layer by layer, with names and regular expressions as `set_local` has them.
+            It is not saved.
 
     Returns:
         A `QuantizedModel` (graph), or the model with quantized layers (layer by layer). `.report` says what happened.
 
     Raises:
         CalibrationError: no data has run through the model, or through a part of it.
-        ConfigError: it is not prepared, or converted already.
+        ConfigError: it is not prepared, or converted already; or `compute_dtype` is none.
     """
     model = unwrap(model)
     if not isinstance(model, nn.Module):
@@ -245,34 +253,38 @@ def convert(
         backend = "eager"
     if quant_config is not None and _is_prepared(model):
         warnings.warn("quant_config is not used: the model was prepared with a config", IncWarning, stacklevel=2)
-    if (plan := plan_of(model)) is not None:
-        if plan.rest is not None:
-            model = module_scope.convert(model, backend, inplace)
-        elif not inplace:
-            model = own_copy(model)
-        return converted(run_entries(model, plan, Mode.CONVERT), plan)
     level = _level(model)
-    if level == "observed":
-        made = finish(cast(fx.GraphModule, model), backend)
-        warn_of_weights(made.report)
-        return made
-    if module_scope.is_prepared(model):
-        return module_scope.convert(model, backend, inplace)
-    done = level in ("qdq", "lowered") or algorithms_of(model) is not None
-    if done or any(isinstance(m, QuantizedModel) for m in model.modules()):
-        raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
-    if quant_config is None:
-        raise ConfigError(
-            "the model is not prepared", hint="prepared = prepare(model, config), run data, then convert(prepared)"
-        )
-    quant_config = as_config(quant_config)
-    if _needs_data(quant_config):
-        raise ConfigError(
-            f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
-            hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
-        )
-    prepared = prepare(model, quant_config, inplace, example_inputs, backend=backend or "auto")
-    return convert(prepared, inplace=inplace)
+    if not _is_prepared(model):
+        done = level in ("qdq", "lowered") or algorithms_of(model) is not None
+        if done or any(isinstance(m, QuantizedModel) for m in model.modules()):
+            raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
+        if quant_config is None:
+            raise ConfigError(
+                "the model is not prepared", hint="prepared = prepare(model, config), run data, then convert(prepared)"
+            )
+        quant_config = as_config(quant_config)
+        if _needs_data(quant_config):
+            raise ConfigError(
+                f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
+                hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
+            )
+        ComputeDtypes.of(compute_dtype)  # says what is wrong with it before anything is changed
+        model = prepare(model, quant_config, inplace, example_inputs, backend=backend or "auto")
+        return convert(model, inplace=inplace, compute_dtype=compute_dtype)
+    with chosen(model, compute_dtype) as choice:
+        if (plan := plan_of(model)) is not None:
+            if plan.rest is not None:
+                model = module_scope.convert(model, backend, inplace)
+            elif not inplace:
+                model = own_copy(model)
+            made = converted(run_entries(model, plan, Mode.CONVERT), plan)
+        elif level == "observed":
+            made = finish(cast(fx.GraphModule, model), backend)
+            warn_of_weights(made.report)
+        else:
+            made = module_scope.convert(model, backend, inplace)
+    choice.tell(made)
+    return made
 
 
 def _is_prepared(model: nn.Module) -> bool:
@@ -293,6 +305,7 @@ def quantize(
     *,
     dynamic_shapes: Any = None,
     backend: str = "auto",
+    compute_dtype: ComputeDtype = None,
 ) -> nn.Module:
     """`prepare`, `run_fn(prepared, *run_args)`, `convert` in one call. Arguments and errors as theirs.
 
@@ -310,11 +323,14 @@ def quantize(
         )
     if run_fn is not None and not callable(run_fn):
         raise ConfigError(f"run_fn must be a function that runs data through the model, not {run_fn!r}")
+    choice = ComputeDtypes.of(compute_dtype)  # says what is wrong with it before anything is changed
     if has_own_algorithm(quant_config):
         own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
         own = run_entries(own, plan, Mode.QUANTIZE, run_fn=run_fn, run_args=run_args)
         if plan.rest is not None:
-            own = quantize(own, plan.rest, run_fn, run_args, backend=backend)
+            own = quantize(own, plan.rest, run_fn, run_args, backend=backend, compute_dtype=compute_dtype)
+        else:
+            choice.tell(own)
         return converted(own, plan)
     run_fn = run_fn or _no_data
     graph = isinstance(model, nn.Module) and _is_ours(model)
@@ -324,7 +340,7 @@ def quantize(
     args = () if run_args is None else run_args if isinstance(run_args, tuple | list) else (run_args,)
     try:
         run_fn(prepared, *args)
-        return convert(prepared)
+        return convert(prepared, compute_dtype=compute_dtype)
     except BaseException:
         if module_scope.is_prepared(prepared):
             module_scope.undo(prepared)
@@ -346,8 +362,10 @@ def finalize_calibration(model: nn.Module) -> None:
         if isinstance(model, nn.Module) and plan_of(model) is not None:
             raise ConfigError("the methods of this model keep their own statistics", hint="go on with convert")
         raise ConfigError("the model is not prepared, so there is no calibration to end")
-    stopped = block_inputs_of(model)
-    if stopped is not None and stopped.calls:
+    stopped, kept = block_inputs_of(model), kept_calls(model)
+    if kept is not None and kept.calls:
+        observers = [o for o in observers if not isinstance(o, GramObserver)]
+    elif stopped is not None and stopped.calls:
         stopped.closed = True
     elif not any(o.elements for o in observers):
         raise no_data()

@@ -11,6 +11,7 @@ from torch import nn
 
 from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning, SavedModelError, UnknownNameError
 from inc_graph.export import refuse_quantized, unwrap
+from inc_graph.quantization.compute_dtype import ComputeDtypes
 from inc_graph.quantization.finish import assemble
 from inc_graph.quantization.layers import call_every_layer, keep_report, own_copy, put, report_of, tensors_of
 from inc_graph.quantization.layers import save as save_model
@@ -73,8 +74,8 @@ def load(
             the saved one has been read. A model that was exported needs none.
         format: "default".
         device: Where the model goes.
-        kwargs: `backend`: to run on, instead of the one it was saved with (or that of the device). `output_dir` and
-            `model`: other names of the first two arguments.
+        kwargs: `backend`: to run on, instead of the one it was saved with (or that of the device). `compute_dtype`: as
+            for `convert`. `output_dir` and `model`: other names of the first two arguments.
 
     Returns:
         As `convert` gave it. The tensors are mapped from the files as far as the backend does not pack them.
@@ -86,26 +87,30 @@ def load(
     path = kwargs.pop("output_dir", kwargs.pop("checkpoint_dir", model_name_or_path))
     original_model = kwargs.pop("model", original_model)
     backend = kwargs.pop("backend", None)
+    choice = ComputeDtypes.of(kwargs.pop("compute_dtype", None))
     if kwargs:
-        raise ConfigError(f"load has no argument {next(iter(kwargs))!r}", hint="it has backend, output_dir and model")
+        hint = "it has backend, compute_dtype, output_dir and model"
+        raise ConfigError(f"load has no argument {next(iter(kwargs))!r}", hint=hint)
     check_format(format)
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ConfigError(f"load needs the folder of a saved model, not {path!r}")
     place = _device(device)
     try:
         with reading(path):
-            return _load(path, original_model, place, backend)
+            made = _load(path, original_model, place, backend, choice)
     except OSError as e:
         raise SavedModelError(f"{path} cannot be read: {e.strerror or e}") from e
+    choice.tell(made)
+    return made
 
 
-def _load(path: Any, original_model: Any, place: torch.device, backend: str | None) -> nn.Module:
+def _load(path: Any, original_model: Any, place: torch.device, backend: str | None, choice: ComputeDtypes) -> nn.Module:
     saved = read_model(path, place)
     try:
         report = Report.from_json(saved.facts.get("report"))
         if saved.scope == "graph":
-            return _load_graph(saved, report, _backend(saved, backend, place), place)
-        return _load_layers(saved, report, original_model, backend, place)
+            return _load_graph(saved, report, _backend(saved, backend, place), place, choice)
+        return _load_layers(saved, report, original_model, backend, place, choice)
     except SavedModelError as e:
         raise SavedModelError(f"{path}: {e.message}", node=e.node, module=e.module, hint=e.hint) from e
     except NotImplementedError as e:
@@ -140,10 +145,13 @@ def _backend(saved: SavedModel, asked: str | None, device: torch.device) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- graph
-def _load_graph(saved: SavedModel, report: Report, backend: str, device: torch.device) -> QuantizedModel:
+def _load_graph(
+    saved: SavedModel, report: Report, backend: str, device: torch.device, choice: ComputeDtypes
+) -> QuantizedModel:
     body = _table(saved.body, "graph")
     moved = device if str(saved.facts.get("device")) != str(device) else None
     gm = read_graph(body["graph"], saved.tensors, moved)
+    choice.put(gm)
     return _assembled(gm, backend, report)
 
 
@@ -165,7 +173,7 @@ def _table(data: Any, *names: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------- layers
 def _load_layers(
-    saved: SavedModel, report: Report, original: Any, asked: str | None, device: torch.device
+    saved: SavedModel, report: Report, original: Any, asked: str | None, device: torch.device, choice: ComputeDtypes
 ) -> nn.Module:
     body = _table(saved.body, "class", "layers", "state")
     model = _original(original, str(body["class"])[:200])
@@ -193,6 +201,7 @@ def _load_layers(
             old = _layer(model, paths)
             gm = read_graph(_table(data, "graph", "facts")["graph"], saved.tensors, moved)
             gm.meta["inc"]["recipe"] = recipe
+            choice.put(gm, tuple(paths))
             inner = _assembled(gm, backend, Report(report.method))
             plan.append((paths, _leaf(inner, data["facts"], paths[0], old)))
             parts.kernels += inner.report.kernels

@@ -93,6 +93,10 @@ class QuantizedModel(nn.Module):
         found: Decisions = self.report.recipe
         return found
 
+    def _whole(self) -> fx.GraphModule:
+        """The Q-DQ graph with all of its tensors: what a backend has laid out anew is brought back."""
+        return self.graph if self._packed else self._qdq[0]
+
     def parts(self) -> tuple[fx.GraphModule, dict[str, Callable[[], torch.Tensor]]]:
         """(Q-DQ graph, {attribute: function that gives its codes}): what is packed is a placeholder in the graph."""
         return self._qdq[0], self._packed
@@ -116,7 +120,7 @@ class QuantizedModel(nn.Module):
         """Whether kernels hold something that can follow neither to another device nor to another dtype."""
         reads = self.lowered.graph.find_nodes(op="get_attr")
         known = torch.Tensor | nn.Module
-        return bool(self._packed) or not all(isinstance(get_attr(self.lowered, str(n.target)), known) for n in reads)
+        return not all(isinstance(get_attr(self.lowered, str(n.target)), known) for n in reads)
 
     def train(self, mode: bool = True) -> QuantizedModel:
         """The mode changes nothing that is computed. `train(True)` is refused where kernels hold packed weights."""
@@ -129,7 +133,7 @@ class QuantizedModel(nn.Module):
         if self.fixed:
             self.check_move(fn)
             return super()._apply(fn, recurse)
-        qdq = moved(self._qdq[0], fn if isinstance(fn, Once) else Once(fn))
+        qdq = moved(self._whole(), fn if isinstance(fn, Once) else Once(fn))
         if qdq is not None:
             self._lower(qdq)
         return self
@@ -165,7 +169,7 @@ class QuantizedModel(nn.Module):
     def share(self, other: QuantizedModel) -> bool:
         """Take the codes and scales of another model for one's own; False, and nothing done, if they are not equal."""
         ours, theirs = (dict(m._qdq[0].named_buffers()) for m in (self, other))
-        if self.fixed or other.fixed or not ours or set(ours) != set(theirs):
+        if self.fixed or other.fixed or self._packed or other._packed or not ours or set(ours) != set(theirs):
             return False
         same = all(a.dtype == theirs[n].dtype and torch.equal(a, theirs[n]) for n, a in ours.items())
         if same:
@@ -178,7 +182,7 @@ class QuantizedModel(nn.Module):
         """Tensors by the names that the Q-DQ graph has for them; of a `fixed` model those that are not packed."""
         if self.fixed:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        graph = self._qdq[0]
+        graph = self._whole()
         return nn.Module.state_dict(graph, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def _load_from_state_dict(
@@ -196,7 +200,7 @@ class QuantizedModel(nn.Module):
             return super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         own = {k[len(prefix) :]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         assign = bool(local_metadata.get("assign_to_params_buffers"))
-        qdq, missing, unexpected, errors = load_tensors(self._qdq[0], own, assign)
+        qdq, missing, unexpected, errors = load_tensors(self._whole(), own, assign)
         missing_keys += [prefix + k for k in missing]
         unexpected_keys += [prefix + k for k in unexpected]
         error_msgs += [f"{prefix}{text}" for text in errors]
