@@ -110,21 +110,23 @@ def _has_groups(layer: Any) -> bool:
     return layer.weight_shape is not None and math.prod(layer.weight_shape[1:]) >= 32
 
 
-def _cnn(name: str, bits: int, groups: bool = False) -> Setting:
+def _cnn(name: str, method: str, bits: int, groups: bool = False) -> Setting:
     """Per channel; with ``groups`` the layers of which an output has 32 inputs and more are 4-bit in groups instead."""
 
     def config(q: Any) -> Any:
-        channels = {"bits": bits, "group_size": -1}
-        made = q.RTNConfig(**channels).set_local(nn.Conv2d, q.RTNConfig(**channels))
-        return made.set_local(_has_groups, q.RTNConfig(bits=4, group_size=32)) if groups else made
+        kind = getattr(q, f"{method}Config")
+        made = kind(bits=bits, group_size=-1).set_local(nn.Conv2d, kind(bits=bits, group_size=-1))
+        return made.set_local(_has_groups, kind(bits=4, group_size=32)) if groups else made
 
-    return Setting(f"RTN {name}", config, layers=".", only_ours=True)
+    return Setting(f"{method} {name}", config, layers=".", only_ours=True)
 
 
 CNN = (
-    _cnn("8-bit per channel", 8),
-    _cnn("4-bit per channel", 4),
-    _cnn("4-bit g32, layers of few inputs 8-bit", 8, groups=True),
+    _cnn("8-bit per channel", "RTN", 8),
+    _cnn("4-bit per channel", "RTN", 4),
+    _cnn("4-bit per channel", "GPTQ", 4),
+    _cnn("4-bit g32, layers of few inputs 8-bit", "RTN", 8, groups=True),
+    _cnn("4-bit g32, layers of few inputs 8-bit", "GPTQ", 8, groups=True),
 )
 
 
@@ -256,6 +258,11 @@ def race(settings: list[Setting], contestants: list[str], quick: bool, say: Call
     return rows
 
 
+def _calibrate(model: nn.Module) -> None:
+    for images in rm.calibration_images().split(20):
+        model(images)
+
+
 def cnn() -> list[dict[str, Any]]:
     """EfficientNet-Lite0 with quantized weights: rows of setting, top-1, SQNR in dB, bytes against bfloat16."""
     q = importlib.import_module("inc_graph.quantization")
@@ -265,7 +272,8 @@ def cnn() -> list[dict[str, Any]]:
         with torch.no_grad():
             reference = model(photographs)
             bf16 = {name: 2 * p.numel() for name, p in model.named_parameters()}
-            model = q.quantize(model, setting.config(q), example_inputs=(photographs,))
+            run = _calibrate if setting.method == "gptq" else None
+            model = q.quantize(model, setting.config(q), run, example_inputs=(photographs,))
             logits = model(photographs)
         top1, db = rm.top_k(logits, labels), rm.sqnr_db(reference, logits)
         rows.append({"setting": setting.name, "top1": top1, "of": len(labels), "sqnr_db": db,

@@ -67,10 +67,11 @@ class Codes:
 
 @dataclass
 class Gram:
-    """What is known of the inputs of a linear layer: ``sum x x^T`` over all of them.
+    """What is known of the inputs of a layer: ``sum x x^T`` over all of them.
 
     Attributes:
-        matrix: float32 [in, in], symmetric.
+        matrix: float32 [in, in], symmetric. Of a convolution [groups, in, in]: each group of channels has inputs of its
+            own, which are what a position of the output reads, as in ``weight.flatten(1)``.
         count: Rows that were summed; the rank of the matrix is at most that.
         known: What algorithms have derived of the matrix, for the next layer that reads the same inputs.
     """

@@ -112,9 +112,13 @@ def useless(pattern: OpPattern, what: OpQuant) -> str | None:
     """Why a rule has nothing to say to operators of this type, or None."""
     if pattern.weight is None and what.activation is None:
         return "it has no weight, and the rule quantizes weights only"
-    if pattern.name != "linear" and what.weight is not None and needs_inputs(what.weight_algorithm):
+    if what.weight is not None and needs_inputs(what.weight_algorithm):
         name = what.weight_algorithm.partition("{")[0]
-        return f"{name} rounds against the inputs of linear layers; give it a config of rtn or hqq"
+        if pattern.name.startswith("conv_transpose"):
+            each = "each output of a transposed convolution reads other parts of its kernels"
+            return f"{name} rounds against the inputs that all outputs read, and {each}; give it a config of rtn"
+        if pattern.name != "linear" and not pattern.name.startswith("conv"):
+            return f"{name} rounds against the inputs of linear layers and convolutions; give it a config of rtn or hqq"
     if what.weight is None and (what.activation is None or not pattern.inputs):
         return "the rule leaves both its inputs and its weight float"
     return None

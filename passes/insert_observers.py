@@ -23,6 +23,7 @@ from inc_graph.input_mean import MeanObserver
 from inc_graph.oppattern import pattern_of
 from inc_graph.options import make_estimator, needs_inputs
 from inc_graph.passes._place import behind, head, stamp
+from inc_graph.passes._unfold import patches_of
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 from inc_graph.spec import QSpec
@@ -43,7 +44,7 @@ class _State:
     first: fx.Node
     ranks: dict[tuple[str, str], set[int]]  # (group, key) -> ranks of its values
     observers: dict[tuple[str, str], str] = field(default_factory=dict)  # (group, key) -> module name
-    grams: dict[fx.Node, fx.Node] = field(default_factory=dict)  # value -> call of a gram observer
+    grams: dict[Any, fx.Node] = field(default_factory=dict)  # (value, how rows are made) -> call of a gram observer
     means: dict[tuple[fx.Node, str], fx.Node] = field(default_factory=dict)  # (value, kind) -> call of a mean observer
 
 
@@ -126,8 +127,9 @@ def _observe_mean(state: _State, layer: fx.Node) -> None:
 
 def _observe_gram(state: _State, layer: fx.Node) -> None:
     source: Any = layer.args[0]
-    if source not in state.grams:
-        state.grams[source] = _call(state, GramObserver(layer.name, module_path(layer)), source, "gram")
-    gram = state.grams[source]
+    key = (source, unfold := patches_of(layer))
+    if key not in state.grams:
+        state.grams[key] = _call(state, GramObserver(layer.name, module_path(layer), unfold), source, "gram")
+    gram = state.grams[key]
     layer.args = (gram, *layer.args[1:])
     inc_meta(layer)["weight"]["gram"] = gram.target
