@@ -11,6 +11,7 @@ calibration goes on over the whole model, and each layer is rounded on its own i
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,7 +99,10 @@ def stop_at_blocks(model: nn.Module, leaves: dict[Leaf, list[str]]) -> None:
         return
     if (found := _blocks(model, asking)) is None:
         return
-    model.__dict__[_MARK] = BlockInputs(found)
+    known = model.__dict__[_MARK] = BlockInputs(found)
+    inside = [leaf for leaf, paths in asking.items() if any(p.startswith(f"{b}.") for p in paths for b in found)]
+    if any(o.unfold is not None for leaf in inside for o in grams(leaf)):
+        known.chain = "there are convolutions in its blocks"
     model.__dict__["_inc_forward"] = model.__dict__.get("forward")
     model.__dict__["forward"] = types.MethodType(_forward, model)
 
@@ -119,12 +123,11 @@ def _blocks(model: nn.Module, asking: dict[Leaf, list[str]]) -> list[str] | None
     for name, modules in model.named_modules():
         if not isinstance(modules, nn.ModuleList | nn.Sequential) or len(modules) < 2:
             continue
-        inside = [
-            sum(any(p.startswith(f"{name}.{i}.") for p in ps) for ps in asking.values()) for i in range(len(modules))
-        ]
+        entries = [f"{name}.{i}" if name else str(i) for i in range(len(modules))]
+        inside = [sum(any(p.startswith(f"{entry}.") for p in ps) for ps in asking.values()) for entry in entries]
         kinds = {type(m) for m in modules}
         if len(kinds) == 1 and all(inside) and sum(inside) > most:
-            best, most = [f"{name}.{i}" if name else str(i) for i in range(len(modules))], sum(inside)
+            best, most = entries, sum(inside)
     return best or None
 
 
@@ -182,59 +185,97 @@ def _is_cache(value: Any) -> bool:
 
 
 def _first(model: nn.Module, known: BlockInputs, own: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Run one batch through the whole model to see whether its blocks are a chain, and what comes behind them."""
-    seen: list[tuple[str, Any, Any, Any]] = []  # path, first argument, the rest, result
+    """Run one batch through the model to see whether its blocks are a chain, and what comes behind them. An output head
+    of a language model is the end, and not run: its result is the largest tensor there is."""
+    chain = _Chain(known.paths)
     behind: list[nn.Module] = []
     hooks = []
 
     def note(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            try:
-                seen.append((path, *_split(args, kwargs), result))
-            except Stop:
-                seen.append((path, None, ((), {}), result))
-
-        return hook
+        return lambda module, args, kwargs, result: chain.add(path, args, kwargs, result)
 
     def late(module: nn.Module, args: Any) -> None:
-        if seen and seen[-1][0] == known.paths[-1]:
+        if chain.at_end:
             behind.append(module)
+
+    def end(module: nn.Module, args: Any) -> None:
+        if chain.at_end:
+            raise Stop("nothing but the output head is left")
 
     for path in known.paths:
         hooks.append(model.get_submodule(path).register_forward_hook(note(path), with_kwargs=True))
     for module in model.modules():
         if isinstance(module, Leaf) and observers_of(module):
             hooks.append(module.register_forward_pre_hook(late))
+    if isinstance(head := _head(model), nn.Module):
+        hooks.append(head.register_forward_pre_hook(end))
     collecting = grams(model)
     for observer in collecting:
         observer.enabled = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(Stop):
             own(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
         for observer in collecting:
             observer.enabled = True
-    known.chain = _why_no_chain(known, seen)
-    known.wants_tail = bool(behind)
-    known.tuples = bool(seen) and isinstance(seen[-1][3], tuple)
+    known.chain = chain.why_not or ("" if chain.at_end else _ORDER)
+    known.wants_tail, known.tuples = bool(behind), chain.tuples
 
 
-def _why_no_chain(known: BlockInputs, seen: list[tuple[str, Any, Any, Any]]) -> str:
-    if [path for path, *_ in seen] != known.paths:
-        return "its blocks are not called one after the other, each once"
-    rest = _leaves(seen[0][2])
-    for i, (path, first, others, result) in enumerate(seen):
+_ORDER = "its blocks are not called one after the other, each once"
+
+
+def _head(model: nn.Module) -> Any:
+    """What a model of transformers calls its output head; None if there is none."""
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except Exception:  # other models have no such method, or one that means something else
+        return None
+
+
+@dataclass
+class _Chain:
+    """Whether blocks are called in order, each with what the one before it gave and otherwise the same arguments."""
+
+    paths: list[str]
+    why_not: str = ""
+    tuples: bool = False
+    at: int = 0
+    given: Any = None  # by the block before
+    rest: list[Any] = field(default_factory=list)  # the other arguments of the first block
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all blocks have been, and nothing has gone wrong."""
+        return not self.why_not and self.at == len(self.paths)
+
+    def add(self, path: str, args: Any, kwargs: Any, result: Any) -> None:
+        """A block was called."""
+        self.why_not = self.why_not or self._check(path, args, kwargs, result)
+        self.tuples = isinstance(result, tuple)
+        self.at += 1
+
+    def _check(self, path: str, args: Any, kwargs: Any, result: Any) -> str:
+        if self.at >= len(self.paths) or path != self.paths[self.at]:
+            return _ORDER
+        try:
+            first, others = _split(args, kwargs)
+        except Stop:
+            first, others = None, ((), {})
         given = result[0] if isinstance(result, tuple) and result else result
         if not isinstance(first, Tensor) or not isinstance(given, Tensor) or given.shape != first.shape:
             return f"block {path} does not turn one tensor into another of its shape"
-        if i + 1 < len(seen) and seen[i + 1][1] is not given:
-            return f"what comes behind block {path} is not what it gives"
         mine = _leaves(others)
-        if len(mine) != len(rest) or not all(_same(a, b) for a, b in zip(mine, rest, strict=True)):
+        if self.at == 0:
+            self.rest = mine
+        elif first is not self.given:
+            return f"what comes behind block {self.paths[self.at - 1]} is not what it gives"
+        elif len(mine) != len(self.rest) or not all(_same(a, b) for a, b in zip(mine, self.rest, strict=True)):
             return f"block {path} is called with other arguments than the first"
-    return ""
+        self.given = given
+        return ""
 
 
 def _leaves(rest: Any) -> list[Any]:

@@ -97,6 +97,7 @@ def _inverse_factor(h: Tensor) -> Tensor | None:
     factor, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if int(failed) != 0:
         return None
-    u = factor.flip(0, 1).contiguous()
-    r = torch.linalg.solve_triangular(u, torch.eye(len(u), dtype=u.dtype, device=u.device), upper=True)
+    factor = factor.flip(0, 1)
+    r = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    torch.linalg.solve_triangular(factor, r, upper=True, out=r)
     return r.float().contiguous() if bool(r.isfinite().all()) else None

@@ -337,3 +337,78 @@ def test_mixed_methods_share_the_run(grams: list[Any]) -> None:
     assert len(grams) == 1 + 3 * 2 + 1
     algorithms = {line.name: line.algorithm.partition("{")[0] for line in q.report.weights}
     assert algorithms["blocks.0.down"] == "rtn" and algorithms["blocks.0.q"] == "gptq"
+
+
+class Headed(Model):
+    """Says what its output head is, as the models of transformers do."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+class Rounds(Headed):
+    """Runs through its blocks twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for block in [*self.blocks, *self.blocks]:
+            h = block(h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_output_head_is_not_run_while_calibrating(quantized: bool) -> None:
+    model = made(Headed)
+    config = GPTQConfig(bits=4, group_size=16, use_sym=False)
+    if not quantized:
+        config.set_local("head", GPTQConfig(dtype="fp32"))
+    prepared = prepare(model, config)
+    calls: list[int] = []
+    prepared.head.register_forward_hook(lambda *a: calls.append(1))
+    for x in data():
+        prepared(x)
+    assert calls == []
+    found = block_inputs_of(prepared)
+    assert found is not None and found.chain == "" and found.wants_tail is quantized
+    report = convert(prepared).report
+    assert len(report.weights) == 10 + quantized  # the head's inputs come from behind the rounded blocks
+    assert all(line.error < line.rounded for line in report.weights)
+
+
+def test_blocks_that_are_run_through_twice_are_no_chain() -> None:
+    prepared = prepare(made(Rounds), GPTQConfig(bits=4, group_size=16))
+    prepared(data()[0])
+    found = block_inputs_of(prepared)
+    assert found is not None and found.chain is not None and "each once" in found.chain
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(width, 2 * width, 3, padding=1), nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(torch.relu(self.wide(x)))
+
+
+def test_blocks_of_convolutions_are_rounded_on_the_inputs_of_the_float_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual() for _ in range(3))).eval()
+    config = GPTQConfig(dtype="fp32").set_local(nn.Conv2d, GPTQConfig(bits=4, group_size=-1))
+    prepared = prepare(model, config)
+    for x in torch.randn(3, 2, 8, 6, 6):
+        prepared(x)
+    report = convert(prepared).report
+    assert len(report.weights) == 6 and all(line.error < line.rounded for line in report.weights)
+    assert "convolutions in its blocks" in str(report)
+
+
+def test_a_model_that_is_its_own_list_of_blocks() -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(*(Block() for _ in range(3))).eval(), torch.randn(4, 24, 32)
+    prepared = prepare(model, GPTQConfig(bits=4, group_size=16))
+    for x in batches:
+        prepared(x)
+    found = block_inputs_of(prepared)
+    assert found is not None and found.paths == ["0", "1", "2"] and found.chain == ""
+    assert len(convert(prepared).report.weights) == 9
