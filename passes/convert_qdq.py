@@ -32,6 +32,7 @@ from inc_graph.graph import (
     set_level,
     storage_key,
 )
+from inc_graph.in_sequence import IN_SEQUENCE, InSequence
 from inc_graph.oppattern import argument, pattern_of, set_arguments
 from inc_graph.ops import DEQUANTIZE, QUANTIZE, UNPACK
 from inc_graph.packing import pack
@@ -53,7 +54,7 @@ class _State:
     groups: dict[Group, tuple[torch.Tensor, torch.Tensor]]
     params: dict[tuple[Group, int], Params] = field(default_factory=dict)
     weights: dict[Any, tuple[fx.Node, Codes]] = field(default_factory=dict)
-    grams: dict[Any, Gram] = field(default_factory=dict)  # name of a gram observer -> what it has collected
+    grams: dict[Any, Gram] | InSequence = field(default_factory=dict)  # name of a gram observer -> what it is to know
 
 
 @PASSES.register("convert-qdq")
@@ -75,7 +76,7 @@ class ConvertQDQ(Pass):
         seen = {
             n: m for n in gm.graph.find_nodes(op="call_module") if isinstance(m := get_attr(gm, n.target), GramObserver)
         }
-        grams = {str(n.target): m.gram() for n, m in seen.items()}
+        grams = gm.meta.pop(IN_SEQUENCE, None) or {str(n.target): m.gram() for n, m in seen.items()}
         for node in [*calls, *seen]:
             replace_uses(node, node.args[0])
             gm.graph.erase_node(node)
@@ -175,15 +176,17 @@ def _weight(state: _State, layer: fx.Node) -> None:
     read: Any = argument(layer, pattern.weight)
     annotation = inc_meta(layer)["weight"]
     annotation.pop("mean", None)
-    gram = state.grams.get(annotation.pop("gram", None))
+    gram = annotation.pop("gram", None)
     tensor = get_tensor(state.gm, read)
     memory = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
     identity = (memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"])
     if identity not in state.weights:
-        codes = _solved(layer, tensor, annotation, gram)
+        codes = _solved(layer, tensor, annotation, state.grams.get(gram))
         name = read.target.replace(".", "_")
         state.weights[identity] = _dequantized(state, name, codes, tensor.dtype, layer), codes
     values, codes = state.weights[identity]
+    if isinstance(state.grams, InSequence):
+        state.grams.rounded(layer.name, codes)
     set_arguments(layer, {pattern.weight: values})
     if codes.notes:
         annotation["notes"] = {**codes.notes, "bytes": _nbytes(state.gm, values)}

@@ -37,11 +37,11 @@ class Stop(ValueError):
 
 
 class NotComputed:
-    """What a prepared model gives while it is calibrated: there is no output, as the call ended at the first block."""
+    """What a prepared model gives while it is calibrated: there is no output, as the call ended early."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise CalibrationError(
-            "this output was not computed: calibration stops as soon as the inputs of the first block are known",
+            "this output was not computed: calibration stops as soon as it has the inputs that it needs",
             hint="run calibration data as prepared(batch) and leave the result alone; evaluate the model after convert",
         )
 
@@ -53,7 +53,7 @@ class NotComputed:
     __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __add__ = __sub__ = __mul__ = _refuse
 
     def __repr__(self) -> str:
-        return "<not computed: calibration stops at the first block>"
+        return "<not computed: calibration stops at the inputs that it needs>"
 
 
 @dataclass

@@ -14,7 +14,10 @@ from inc_graph.capture import own_mutated
 from inc_graph.errors import CalibrationError, IncWarning
 from inc_graph.gram import GramObserver
 from inc_graph.graph import clone, get_tensor, mutated_attrs
+from inc_graph.in_sequence import InSequence
 from inc_graph.passmanager import Pipeline
+from inc_graph.quantization.graph_in_sequence import IN_FLOAT, begin, layers_in
+from inc_graph.quantization.kept_calls import forget_calls, kept_calls
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.tied import tied_in_graph
 from inc_graph.recipe import get_recipe
@@ -44,6 +47,7 @@ def _fresh(observed: fx.GraphModule) -> fx.GraphModule:
     """A copy whose written buffers are its own, and as they were before calibration ran."""
     gm = clone(observed)
     no_batches(gm)
+    forget_calls(gm)
     own_mutated(gm)
     for path, value in gm.meta.pop(INITIAL, {}).items():
         get_tensor(gm, path).copy_(value)
@@ -63,20 +67,31 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
     """
     recipe = get_recipe(observed)
     name, _ = choose_backend(backend or recipe.backend)
+    kept = kept_calls(observed)
+    waiting = kept is not None and bool(kept.calls)
     observers = observers_of(observed)
-    empty = [o for o in observers if not o.elements]
+    empty = [o for o in observers if not o.elements and not (waiting and isinstance(o, GramObserver))]
     if empty and len(empty) == len(observers):
         raise no_data()
     for observer in empty:
         observer.calculate_qparams()  # raises, with the names
     pipeline = Pipeline.parse(recipe.convert)
-    with progress("convert", len(pipeline.passes) + 1, show) as step:
-        result = pipeline.run(_fresh(observed), on_pass=step, recompile=False)  # the Q-DQ graph itself does not run
+    total = len(pipeline.passes) + 1 + (layers_in(observed) if waiting else 0)
+    with progress("convert", total, show) as step:
+        fresh = _fresh(observed)
+        sequence = begin(fresh, kept, step)
+        result = pipeline.run(fresh, on_pass=step, recompile=False)  # the Q-DQ graph itself does not run
         step(f"lower to {name}")
         facts = observed.meta["inc"]
         timings = [*map(tuple, facts.get("timings", [])), *result.timings]
+        reason = sequence if isinstance(sequence, str) else ""
+        if isinstance(sequence, InSequence):
+            timings.append(("calibrate", sequence.seconds))  # a part of what the passes took
+            del sequence  # and what its calls still hold
         model = assemble(result.graph, name, recipe.method, timings, facts.get("bytes_before", 0))
         model.report.notes += tied_in_graph(observed)
+        if reason:
+            model.report.notes.append(f"{IN_FLOAT}: {reason}")
         return model
 
 
@@ -106,7 +121,7 @@ def assemble(
     kernels, absorbed = lowered.report.kernels, lowered.report.absorbed
     default = (
         "the reference backend has no kernels"
-        if target.supported() is None
+        if target.capabilities is None
         else f"backend '{backend}' has no kernel for it"
     )
     for line in quantized:

@@ -18,6 +18,7 @@ from inc_graph.oppattern import OpPattern, pattern_of
 from inc_graph.ops import is_inc
 from inc_graph.quantization import module_scope
 from inc_graph.quantization.finish import finish, observers_of
+from inc_graph.quantization.kept_calls import flat_inputs
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.recipe import Recipe, Where, get_recipe, operator_name
 
@@ -130,7 +131,7 @@ class GraphScope:
 
     def outputs(self, call: Call, unmeasured: dict[str, str]) -> Iterator[tuple[Unit, list[Tensor], list[Tensor]]]:
         """(unit, float outputs, outputs with this unit quantized) for every unit that can be measured."""
-        flat = _flat_inputs(self.gm, *call)
+        flat = flat_inputs(self.gm, *call)
         holders = [n for n in self.order if n.op == "placeholder"]
         env: dict[str, Any] = {n.name: x for n, x in zip(holders, flat, strict=True)}
         want = self._run(0, dict(env), frozenset())
@@ -190,15 +191,6 @@ def _root(node: fx.Node) -> fx.Node:
     while node.op == "call_module":
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def _flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    info = getattr(gm.graph._codegen, "pytree_info", None)
-    if info is None:
-        return list(args)
-    names = list(info.orig_args)
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    return pytree.tree_leaves([bound[n] for n in names])
 
 
 # ------------------------------------------------------------------------------------------------------ layer by layer

@@ -372,6 +372,8 @@ def test_training_an_adapter_on_a_gpu() -> None:
     x = torch.randn(4, 256, device="cuda", requires_grad=True)
     model(x).square().sum().backward()
     assert x.grad is not None and bool(x.grad.isfinite().all()) and bool(x.grad.any())
+
+
 @torch.no_grad()
 def test_a_model_is_moved_trained_in_and_given_other_weights(scope: str, emulated: None) -> None:
     model, exact = quantized(scope), quantized(scope, "eager")

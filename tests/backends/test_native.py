@@ -73,8 +73,7 @@ def test_another_source_or_compiler_is_another_file(fresh: Path, tmp_path: Path)
 @needs_compiler
 def test_processes_that_start_together_leave_one_library(fresh: Path) -> None:
     code = (
-        "from pathlib import Path; from inc_graph import native; "
-        f"assert native.load(Path({str(SOURCE)!r})) is not None"
+        f"from pathlib import Path; from inc_graph import native; assert native.load(Path({str(SOURCE)!r})) is not None"
     )
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
