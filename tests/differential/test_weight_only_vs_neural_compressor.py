@@ -21,6 +21,7 @@ from inc_graph.weights import Codes, Gram
 
 utility = pytest.importorskip("neural_compressor.torch.algorithms.weight_only.utility")
 gptq = pytest.importorskip("neural_compressor.torch.algorithms.weight_only.gptq")
+gptq.transformers = pytest.importorskip("transformers")  # it takes it only from who has imported it before
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
