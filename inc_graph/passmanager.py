@@ -103,6 +103,31 @@ class Pipeline:
         """From `name{option=value,...},name,...`. PassError on bad text, UnknownNameError on an unknown pass."""
         return cls(_Parser(text).passes())
 
+    @classmethod
+    def merged(cls, pipelines: typing.Sequence[Pipeline]) -> Pipeline:
+        """One pipeline with the passes of all, each once, in an order that is right for every one of them.
+
+        Where that leaves a choice, the passes of the earlier pipeline come first.
+
+        Raises:
+            PassError: two of them want a pass with different options, or two passes in opposite orders.
+        """
+        known: dict[str, Pass] = {}
+        before: dict[str, set[str]] = {}
+        for pipeline in pipelines:
+            for i, p in enumerate(pipeline.passes):
+                if known.setdefault(p.name, p) != p:
+                    raise PassError(f"one pipeline asks for {known[p.name]}, another for {p}")
+                before.setdefault(p.name, set()).update({q.name for q in pipeline.passes[:i]} - {p.name})
+        found: list[Pass] = []
+        while before:
+            free = next((name for name, names in before.items() if names.isdisjoint(before)), None)
+            if free is None:
+                raise PassError(f"pipelines want these passes in opposite orders: {', '.join(before)}")
+            del before[free]
+            found.append(known[free])
+        return cls(found)
+
     def run(
         self,
         gm: fx.GraphModule,

@@ -274,3 +274,23 @@ def test_passes_are_values() -> None:
         Options().alpha = 1.0  # type: ignore[misc]
     with pytest.raises(NotImplementedError):
         Pass().run(None)  # type: ignore[arg-type]
+
+
+def merged(*texts: str) -> str:
+    return str(Pipeline.merged([Pipeline.parse(text) for text in texts]))
+
+
+def test_a_merged_pipeline_has_each_pass_once_in_an_order_that_suits_all() -> None:
+    assert merged("canonicalize,annotate", "canonicalize,annotate") == "canonicalize,annotate"
+    assert merged("correct-bias,convert-qdq", "convert-qdq") == "correct-bias,convert-qdq"
+    assert merged("convert-qdq", "correct-bias,convert-qdq") == "correct-bias,convert-qdq"
+    assert merged("fold-constants,annotate", "canonicalize,fold-conv-bn,annotate") == (
+        "fold-constants,canonicalize,fold-conv-bn,annotate"
+    )
+
+
+def test_pipelines_that_contradict_each_other_do_not_merge() -> None:
+    with pytest.raises(PassError, match="opposite orders"):
+        merged("canonicalize,annotate", "annotate,canonicalize")
+    with pytest.raises(PassError, match="one pipeline asks for test-options, another for"):
+        merged("test-options", "test-options{alpha=0.9}")

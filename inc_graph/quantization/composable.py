@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from inc_graph.errors import ConfigError
+from inc_graph.errors import ConfigError, PassError
+from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.fields import Field
 from inc_graph.recipe import Recipe
@@ -148,18 +149,16 @@ class ComposableConfig(BaseConfig):
         """One recipe of all configs.
 
         Raises:
-            NotImplementedError: if this version does not have one of the algorithms, or cannot do them in one model.
-            ConfigError: if there is no config.
+            NotImplementedError: if this version does not have one of the algorithms.
+            ConfigError: if there is no config, or one model cannot be taken through the pipelines of all.
         """
         if not self._configs:
             raise ConfigError("an empty composition says nothing", hint="add a config to it")
         ranked = self._ranked()
         recipes = [c.recipe(backend, supported) for c in [c for c in ranked if not c._leaves_all_float()] or ranked]
-        if len({(r.prepare, r.convert) for r in recipes}) > 1:
-            methods = ", ".join(dict.fromkeys(r.method for r in recipes))
-            raise NotImplementedError(f"this version does not do {methods} in one model")
+        prepare, convert = (_merged([getattr(r, stage) for r in recipes]) for stage in ("prepare", "convert"))
         limited = next((r.supported for r in recipes if r.supported is not None), None)
-        return replace(recipes[0], rules=self.rules(), supported=limited)
+        return replace(recipes[0], rules=self.rules(), prepare=prepare, convert=convert, supported=limited)
 
     def _members(self) -> Sequence[BaseConfig]:
         return self._configs
@@ -169,6 +168,14 @@ class ComposableConfig(BaseConfig):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComposableConfig:
         return ComposableConfig(copy.deepcopy(self._configs, memo))
+
+
+def _merged(pipelines: list[str]) -> str:
+    """The text of one pipeline that does what each of these does."""
+    try:
+        return str(Pipeline.merged([Pipeline.parse(text) for text in dict.fromkeys(pipelines)]))
+    except PassError as e:
+        raise ConfigError(f"these configs cannot be combined in one model: {e.message}") from e
 
 
 BaseConfig._composition = ComposableConfig

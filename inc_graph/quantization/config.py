@@ -7,13 +7,11 @@ from typing import Any
 from inc_graph.errors import UnknownNameError
 from inc_graph.quantization.base_config import DEFAULT_WHITE_LIST, BaseConfig, OperatorConfig, register_config
 from inc_graph.quantization.composable import ComposableConfig
-from inc_graph.quantization.configs.activations import (
-    DynamicQuantConfig,
-    INT8StaticQuantConfig,
-    SmoothQuantConfig,
-    StaticQuantConfig,
-)
-from inc_graph.quantization.configs.floats import FP8Config, HybridGPTQConfig, MixedPrecisionConfig, MXQuantConfig
+from inc_graph.quantization.configs.activations import INT8StaticQuantConfig, StaticQuantConfig
+from inc_graph.quantization.configs.dynamic import DynamicQuantConfig
+from inc_graph.quantization.configs.floats import FP8Config, HybridGPTQConfig, MXQuantConfig
+from inc_graph.quantization.configs.mixed import MixedPrecisionConfig
+from inc_graph.quantization.configs.smooth import SmoothQuantConfig
 from inc_graph.quantization.configs.weight_only import (
     LM_HEAD_NAMES,
     AutoRoundConfig,

@@ -1,4 +1,4 @@
-"""Methods that quantize weights and activations: static INT8, SmoothQuant, dynamic INT8."""
+"""Static INT8: weights and activations in 8 bits, with ranges known before the model runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from typing import Any, ClassVar
 import torch
 
 from inc_graph.calibrate import RangeEstimator
-from inc_graph.errors import ConfigError, IncError, UnknownNameError
+from inc_graph.errors import IncError, UnknownNameError
 from inc_graph.options import make_estimator
 from inc_graph.qtypes import QType, get_qtype
 from inc_graph.quantization.base_config import BaseConfig, register_config
-from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_list, a_number, anything, either, normal
+from inc_graph.quantization.fields import Field, a_bool, a_choice, a_list, anything, normal
 from inc_graph.recipe import OpQuant, Recipe
 from inc_graph.registry import ALGORITHMS, CONFIGS, QTYPES
 from inc_graph.spec import PerChannel, PerTensor, QSpec
 
-__all__ = ["DynamicQuantConfig", "INT8StaticQuantConfig", "SmoothQuantConfig", "StaticQuantConfig"]
+__all__ = [
+    "EXCLUDED", "INT8", "SEVEN_BITS", "INT8StaticQuantConfig", "Int8Config", "StaticQuantConfig", "needs_reduce_range",
+]  # fmt: skip
 
-_SEVEN_BITS = {"int8": "int7", "uint8": "uint7"}
+SEVEN_BITS = {"int8": "int7", "uint8": "uint7"}
 
 
 def _a_qtype(*kinds: str) -> Callable[[Any], str | None]:
@@ -59,7 +61,7 @@ def _an_estimator(of_batches: bool) -> Callable[[Any], str | None]:
     return check
 
 
-_INT8: dict[str, Field] = {
+INT8: dict[str, Field] = {
     "w_dtype": Field("int8", _a_qtype("int", "codebook"), 'Weight format; "fp32" leaves the operator float.'),
     "w_sym": Field(True, a_bool, "Weights symmetric around zero."),
     "w_granularity": Field("per_channel", a_choice("per_channel", "per_tensor"), "Weights that share a scale."),
@@ -69,12 +71,14 @@ _INT8: dict[str, Field] = {
     "act_granularity": Field("per_tensor", a_choice("per_tensor"), "Activations that share a scale."),
     "act_algo": Field("minmax", _an_estimator(True), 'Range estimator of activations, such as "kl".'),
 }
-_EXCLUDED = Field(
+EXCLUDED = Field(
     [], a_list(a_choice("bf16", "fp16"), "precisions: 'bf16', 'fp16'"), "Precisions that the rest must not use."
 )
 
 
-class _Int8Config(BaseConfig):
+class Int8Config(BaseConfig):
+    """What the INT8 methods share: the operators that they are for, and when they leave them float."""
+
     operators: ClassVar[tuple[Any, ...]] = (
         torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.ConvTranspose1d,
         torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d, torch.nn.Embedding, "Conv1D",
@@ -99,14 +103,14 @@ class StaticQuantConfig(BaseConfig):
     """
 
     fields: ClassVar[dict[str, Field]] = {
-        **_INT8,
-        "excluded_precisions": _EXCLUDED,
+        **INT8,
+        "excluded_precisions": EXCLUDED,
         "white_list": Field("*"),
         "model_info": Field(None, anything, "Not used.", convert=_class_names),
         "bias_correction": Field(True, a_bool, "Correct biases for the mean error of the weights.", ours=True),
         "reduce_range": Field(None, a_choice(None, False, True), "7-bit formats, for CPUs without VNNI.", ours=True),
     }
-    operators: ClassVar[tuple[Any, ...]] = _Int8Config.operators
+    operators: ClassVar[tuple[Any, ...]] = Int8Config.operators
     tuning: ClassVar[dict[str, list[Any]]] = {"act_sym": [True, False], "act_algo": ["kl", "minmax"]}
 
     def __new__(cls, *args: Any, **values: Any) -> Any:
@@ -127,7 +131,7 @@ StaticQuantConfig.__signature__ = inspect.Signature(  # type: ignore[attr-define
 
 
 @register_config(algo_name="static_quant")
-class INT8StaticQuantConfig(StaticQuantConfig, _Int8Config):
+class INT8StaticQuantConfig(StaticQuantConfig, Int8Config):
     """Static quantization: activation ranges are found once, on calibration data.
 
     Fields:
@@ -169,13 +173,13 @@ class INT8StaticQuantConfig(StaticQuantConfig, _Int8Config):
     def op_quant(self) -> OpQuant | None:
         if self.w_dtype == "fp32":
             return None
-        reduce = _needs_reduce_range() if self.reduce_range is None else self.reduce_range
-        w_type = _SEVEN_BITS.get(self.w_dtype, self.w_dtype) if reduce else self.w_dtype
+        reduce = needs_reduce_range() if self.reduce_range is None else self.reduce_range
+        w_type = SEVEN_BITS.get(self.w_dtype, self.w_dtype) if reduce else self.w_dtype
         granularity = PerChannel(0) if self.w_granularity == "per_channel" else PerTensor()
         weight = QSpec(w_type, "symmetric" if self.w_sym else "asymmetric", granularity)
         activation = None
         if self.act_dtype != "fp32":
-            a_type = _SEVEN_BITS.get(self.act_dtype, self.act_dtype) if reduce else self.act_dtype
+            a_type = SEVEN_BITS.get(self.act_dtype, self.act_dtype) if reduce else self.act_dtype
             activation = QSpec(a_type, "symmetric" if self.act_sym else "asymmetric", PerTensor())
         return OpQuant(activation, weight, self.act_algo, self.w_algo, self.bias_correction)
 
@@ -190,7 +194,7 @@ class INT8StaticQuantConfig(StaticQuantConfig, _Int8Config):
         )
 
 
-def _needs_reduce_range() -> bool:
+def needs_reduce_range() -> bool:
     """u8 x s8 products are summed pairwise in 16 bits, with saturation, on x86 without VNNI."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -198,63 +202,3 @@ def _needs_reduce_range() -> bool:
         torch._C._cpu, "_is_avx512_vnni_supported", None
     )
     return supported is not None and not supported()
-
-
-_ALPHA = {
-    "init_alpha": Field(0.5, a_number(0, 1), "First alpha of the search."),
-    "alpha_min": Field(0.0, a_number(0, 1), "Least alpha of the search."),
-    "alpha_max": Field(1.0, a_number(0, 1), "Greatest alpha of the search."),
-    "alpha_step": Field(0.1, a_number(0.001, 1), "Step of the search."),
-    "shared_criterion": Field("max", a_choice("max", "min", "mean"), "Alpha of layers with one input."),
-    "do_blockwise": Field(False, a_bool, "Search by the error of blocks, not of layers."),
-}
-
-
-@register_config(algo_name="smooth_quant")
-class SmoothQuantConfig(_Int8Config):
-    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers move from activations into weights; static INT8."""
-
-    fields: ClassVar[dict[str, Field]] = {
-        **_INT8,
-        "excluded_precisions": _EXCLUDED,
-        "alpha": Field(0.5, either(a_number(0, 1), a_choice("auto")), 'How much of an outlier moves, or "auto".'),
-        "folding": Field(False, a_bool, "Only scale where a producer can absorb it; False: multiply elsewhere."),
-        "scale_sharing": Field(False, a_bool, "Layers with one input share a scale."),
-        **_ALPHA,
-        "auto_alpha_args": Field(None, either(a_choice(None), a_dict(*_ALPHA, "n_samples")),
-                                 "The options of the search together; None: those above."),
-    }  # fmt: skip
-    auto_alpha_args: Any
-    tuning: ClassVar[dict[str, list[Any]]] = {
-        "alpha": [round(0.1 * i, 1) for i in range(1, 10)],
-        "folding": [True, False],
-        "scale_sharing": [True, False],
-        "excluded_precisions": [["bf16"]],
-    }
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        before, together = vars(self).get(key), vars(self).get("auto_alpha_args")
-        super().__setattr__(key, value)
-        if key in _ALPHA and together and key in together and together[key] == before:  # not said otherwise there
-            self.auto_alpha_args = {**together, key: getattr(self, key)}
-
-    def _settle(self) -> None:
-        if self.auto_alpha_args is None:
-            self.auto_alpha_args = {name: getattr(self, name) for name in _ALPHA}
-        low, high = (v if isinstance(v, list) else [v] for v in (self.alpha_min, self.alpha_max))
-        if max(low) > min(high):
-            raise ConfigError(f"SmoothQuantConfig.alpha_min {max(low)} is above alpha_max {min(high)}")
-
-
-@register_config(algo_name="pt2e_dynamic_quant")
-class DynamicQuantConfig(_Int8Config):
-    """Dynamic quantization: activation ranges are found at run time, so that no data is needed."""
-
-    fields: ClassVar[dict[str, Field]] = {
-        **_INT8,
-        "w_granularity": Field("per_tensor", _INT8["w_granularity"].check, _INT8["w_granularity"].doc),
-        "act_granularity": Field("per_tensor", a_choice("per_tensor", "per_token"), _INT8["act_granularity"].doc),
-        "act_algo": Field("kl", _INT8["act_algo"].check, "Accepted for compatibility: at run time it is min-max."),
-    }
-    needs_calibration = False
-    tuning: ClassVar[dict[str, list[Any]]] = {"act_sym": [True, False], "act_algo": ["kl", "minmax"]}

@@ -1,4 +1,4 @@
-"""Methods with float formats: FP8, hybrid GPTQ, microscaling, half precision."""
+"""Methods with float formats: FP8, hybrid GPTQ, microscaling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inc_graph.quantization.base_config import BaseConfig, register_config
 from inc_graph.quantization.configs.activations import StaticQuantConfig
 from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_string, an_int, either
 
-__all__ = ["FP8Config", "HybridGPTQConfig", "MXQuantConfig", "MixedPrecisionConfig"]
+__all__ = ["FP8Config", "HybridGPTQConfig", "MXQuantConfig"]
 
 _LISTS = a_dict("names", "types")
 _FLAG = either(a_bool, a_choice("True", "False"))  # text once it is kept, as in neural_compressor
@@ -110,18 +110,3 @@ class MXQuantConfig(BaseConfig):
     operators: ClassVar[tuple[Any, ...]] = (torch.nn.Linear, torch.nn.functional.linear)
     needs_calibration = False
     tuning: ClassVar[dict[str, list[Any]]] = {"weight_only": [False, True]}
-
-
-@register_config(algo_name="mixed_precision")
-class MixedPrecisionConfig(BaseConfig):
-    """Half precision for what stands it, float32 for the rest."""
-
-    fields: ClassVar[dict[str, Field]] = {
-        "dtype": Field("fp16", a_choice("fp16", "bf16", "fp32"), "Format; fp32 leaves float."),
-    }
-    operators: ClassVar[tuple[Any, ...]] = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    needs_calibration = False
-    tuning: ClassVar[dict[str, list[Any]]] = {"dtype": ["fp16", "bf16", "fp32"]}
-
-    def leaves_float(self) -> bool:
-        return self.dtype == "fp32"

@@ -1,0 +1,57 @@
+"""SmoothQuant: outliers of activations move into the weights before both are quantized."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from inc_graph.errors import ConfigError
+from inc_graph.quantization.base_config import register_config
+from inc_graph.quantization.configs.activations import EXCLUDED, INT8, Int8Config
+from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_number, either
+
+__all__ = ["SmoothQuantConfig"]
+
+_ALPHA = {
+    "init_alpha": Field(0.5, a_number(0, 1), "First alpha of the search."),
+    "alpha_min": Field(0.0, a_number(0, 1), "Least alpha of the search."),
+    "alpha_max": Field(1.0, a_number(0, 1), "Greatest alpha of the search."),
+    "alpha_step": Field(0.1, a_number(0.001, 1), "Step of the search."),
+    "shared_criterion": Field("max", a_choice("max", "min", "mean"), "Alpha of layers with one input."),
+    "do_blockwise": Field(False, a_bool, "Search by the error of blocks, not of layers."),
+}
+
+
+@register_config(algo_name="smooth_quant")
+class SmoothQuantConfig(Int8Config):
+    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers move from activations into weights; static INT8."""
+
+    fields: ClassVar[dict[str, Field]] = {
+        **INT8,
+        "excluded_precisions": EXCLUDED,
+        "alpha": Field(0.5, either(a_number(0, 1), a_choice("auto")), 'How much of an outlier moves, or "auto".'),
+        "folding": Field(False, a_bool, "Only scale where a producer can absorb it; False: multiply elsewhere."),
+        "scale_sharing": Field(False, a_bool, "Layers with one input share a scale."),
+        **_ALPHA,
+        "auto_alpha_args": Field(None, either(a_choice(None), a_dict(*_ALPHA, "n_samples")),
+                                 "The options of the search together; None: those above."),
+    }  # fmt: skip
+    auto_alpha_args: Any
+    tuning: ClassVar[dict[str, list[Any]]] = {
+        "alpha": [round(0.1 * i, 1) for i in range(1, 10)],
+        "folding": [True, False],
+        "scale_sharing": [True, False],
+        "excluded_precisions": [["bf16"]],
+    }
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        before, together = vars(self).get(key), vars(self).get("auto_alpha_args")
+        super().__setattr__(key, value)
+        if key in _ALPHA and together and key in together and together[key] == before:  # not said otherwise there
+            self.auto_alpha_args = {**together, key: getattr(self, key)}
+
+    def _settle(self) -> None:
+        if self.auto_alpha_args is None:
+            self.auto_alpha_args = {name: getattr(self, name) for name in _ALPHA}
+        low, high = (v if isinstance(v, list) else [v] for v in (self.alpha_min, self.alpha_max))
+        if max(low) > min(high):
+            raise ConfigError(f"SmoothQuantConfig.alpha_min {max(low)} is above alpha_max {min(high)}")
