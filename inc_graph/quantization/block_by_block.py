@@ -5,16 +5,16 @@ tensor (q, k and v), until the products of what all calls bring there are collec
 it goes on with the rounded weights. So every layer is computed once, and calibrated on what all rounded layers before
 it give.
 
-Calls that wait hold what they have computed. Where that would be too much, or a layer is called twice, a block runs
-two times instead: once to collect the inputs of all of its layers, and once more, rounded, for the inputs of the next.
+Calls that wait hold what they have computed. Where that would be too much, a layer is called twice, or calls do not all
+take the same way through a block (branches, experts), a block runs two times instead: once to collect the inputs of all
+of its layers, and once more, rounded, for the inputs of the next.
 
-Both ways compute in bfloat16 where the machine does that fast.
+Both ways compute in bfloat16 where the machine does that fast, and the model can be run so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,63 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inc_graph.errors import CalibrationError, IncError
 from inc_graph.fast import fast_dtype
 from inc_graph.graph import peek_meta
 from inc_graph.options import parse_algorithm
-from inc_graph.products import add_products
 from inc_graph.quantization.block_inputs import BlockInputs, Call, Stop, grams
 from inc_graph.quantization.finish import observers_of
+from inc_graph.quantization.layer_groups import Apart, Group, Pause, input_of, twin_of
 from inc_graph.quantization.layers import put
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.lockstep import Lockstep
-from inc_graph.quantization.streaming import float_layer, is_streamed
+from inc_graph.quantization.streaming import is_streamed
+from inc_graph.quantization.tail import run_tail
 
 __all__ = ["BlockByBlock"]
 
 LOCKSTEP_BYTES = 2 << 30
 """Calls of a block wait in its middle for its layers to be rounded, if together they hold no more than this."""
-
-
-_ROWS = 4096
-
-
-@dataclass
-class _Group:
-    """Layers that read the same tensor, and the products of what was seen of it."""
-
-    leaves: list[Leaf]
-    total: Tensor | None = None
-    rows: int = 0
-    last: Tensor | None = None
-    known: dict[Any, Any] = field(default_factory=dict)
-    waiting: Tensor | None = None  # room for rows that are not multiplied yet: many at once are faster
-    filled: int = 0
-
-    def take(self, x: Tensor) -> None:
-        if x is self.last:
-            return
-        self.last = x
-        rows = x.detach().reshape(-1, x.shape[-1])
-        self.rows += len(rows)
-        if self.waiting is None:  # of the dtype that the layers multiply
-            kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else rows.dtype
-            self.waiting = rows.new_empty(_ROWS, rows.shape[1], dtype=kind)
-        while len(rows):
-            some = rows[: _ROWS - self.filled]
-            self.waiting[self.filled : self.filled + len(some)] = some
-            self.filled, rows = self.filled + len(some), rows[len(some) :]
-            if self.filled == _ROWS:
-                self.multiply()
-
-    def multiply(self) -> None:
-        if self.waiting is not None and self.filled:
-            self.total = add_products(self.total, self.waiting[: self.filled], inplace=True)
-            self.filled = 0
-
-    def seen(self) -> None:
-        """All calls have been."""
-        self.multiply()
-        self.last = self.waiting = None
 
 
 @dataclass
@@ -100,9 +60,12 @@ class BlockByBlock:
     hidden: list[Tensor] = field(init=False)
     done: dict[Leaf, Leaf] = field(init=False, default_factory=dict)
     block: int = field(init=False, default=-1)
-    groups: list[_Group] = field(init=False, default_factory=list)
+    groups: list[Group] = field(init=False, default_factory=list)
     together: Lockstep | None = field(init=False, default=None)  # the calls of the block, if they run in lockstep
     stage: int = field(init=False, default=0)  # groups whose inputs are known by now
+    apart: bool = field(init=False, default=False)  # each layer is a group of its own
+    regular: bool = field(init=False, default=False)  # every call calls each layer of the block once
+    fast: bool = field(init=False, default_factory=lambda: fast_dtype() == torch.bfloat16)
     floats: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
     twins: dict[Leaf, nn.Module] = field(init=False, default_factory=dict)
 
@@ -141,24 +104,28 @@ class BlockByBlock:
             if self.block >= 0 and any(not o.elements for o in observers_of(leaf)):
                 self._tail()
             return
-        at = next((i for i, group in enumerate(self.groups) if leaf in group.leaves), None)
+        lockstep = self.together is not None
+        while self.together is not None and (at := self._place(leaf)) is not None and self.stage <= at:
+            self._step()
+        at = self._place(leaf)
         if at is None or not grams(leaf):
             return
         group = self.groups[at]
-        if self.together is not None:
-            while self.stage <= at:
-                self._step()
-        elif _sequential(leaf) and at and leaf is group.leaves[0]:
+        if not lockstep and _sequential(leaf) and at and leaf is group.leaves[0]:
             self._collect(group)
         if group.total is not None:
-            _fill(leaf, group)
+            group.fill(leaf)
+
+    def _place(self, leaf: Leaf) -> int | None:
+        """Which group a layer is in."""
+        return next((i for i, group in enumerate(self.groups) if leaf in group.leaves), None)
 
     def after(self, leaf: Leaf, converted: Leaf | None) -> None:
         """Take the rounded layer; None if it stays float."""
         if converted is not None:
             self.done[leaf] = converted
             if leaf in self.twins:  # calls that wait go on with the rounded weight
-                self.twins[leaf]._parameters["weight"] = _twin(leaf, converted)._parameters["weight"]
+                self.twins[leaf]._parameters["weight"] = twin_of(leaf, converted)._parameters["weight"]
         group = next((g for g in self.groups if leaf in g.leaves), None)
         if group is not None:
             for observer in grams(leaf):  # large, and collected anew if the model is converted again
@@ -179,7 +146,7 @@ class BlockByBlock:
             if self.block >= 0:
                 self._advance()
             self.block += 1
-        self.groups, self.stage = [], 0
+        self.groups, self.stage, self.apart, self.regular = [], 0, False, False
         found = self._probe()
         if found is None or self._waiting_bytes(found) > LOCKSTEP_BYTES:
             self._collect(None)
@@ -188,111 +155,192 @@ class BlockByBlock:
         self.twins = self.floats.enter_context(self._placed())
         self.together = Lockstep(lambda i: self._run(self.hidden[i], self.inputs.calls[i]), len(self.hidden))
         for group in found:
-            self.twins[group.leaves[0]].register_forward_pre_hook(self._wait)
+            reads: dict[Any, Tensor] = {}  # call -> what it reads here
+            for leaf in group.leaves:
+                hook = self._wait(leaf, group.leaves[0], reads)
+                self.twins[leaf].register_forward_pre_hook(hook, with_kwargs=True)
 
-    def _wait(self, module: nn.Module, args: Any) -> None:
+    def _wait(self, leaf: Leaf, first: Leaf, reads: dict[Any, Tensor]) -> Any:
+        """The hook of a layer: the first of its group waits, the others have to read what that has read."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            assert self.together is not None
+            call, x = self.together.current(), input_of(args, kwargs)
+            if leaf is first:
+                reads[call] = x
+                self.together.pause(Pause(leaf, x))
+            elif reads.get(call) is not x:
+                text = f"it reads the tensor that {first.path} reads in the first calibration call, and another later"
+                hint = "calibrate with calls that take one way through the block, or export the model first"
+                raise CalibrationError(text, module=leaf.path, hint=hint)
+
+        return hook
+
+    def _go_on(self) -> list[Any] | None:
+        """What all calls give that go on to their next stop; None if one of them fails."""
         assert self.together is not None
-        self.together.pause(args[0])
+        try:
+            with torch.no_grad(), self._autocast():
+                return self.together.step()
+        except IncError:
+            raise
+        except Exception:  # where calls run one by one it is tried again, in float, and raised if that fails as well
+            return None
 
     def _step(self) -> None:
         """Let all calls go on to the next group of layers, and collect what it reads."""
-        assert self.together is not None
-        with torch.no_grad(), _fast():
-            for x in self.together.step():
-                self.groups[self.stage].take(x)
-        self.groups[self.stage].seen()
+        group = self.groups[self.stage]
+        stops = self._go_on()
+        if stops is None or not all(isinstance(stop, Pause) and stop.leaf is group.leaves[0] for stop in stops):
+            self._one_by_one()
+            return
+        for stop in stops:
+            group.take(stop.x)
+        group.seen()
         self.stage += 1
 
-    def _waiting_bytes(self, groups: list[_Group]) -> float:
+    def _one_by_one(self) -> None:
+        """The calls do not take the same way through the block: for the layers that are left they run apart."""
+        known = self.groups[: self.stage]
+        self.close()
+        self.groups = known
+        self._collect(None)
+
+    def _waiting_bytes(self, groups: list[Group]) -> float:
         """About what the calls of a block hold while they wait in its middle; no end where memory is short anyway."""
         if any(is_streamed(leaf) for group in groups for leaf in group.leaves):
             return math.inf
         features = sum(group.leaves[0].form.size * (1 + len(group.leaves)) for group in groups)
         return 4 * features * sum(h[..., 0].numel() for h in self.hidden)
 
-    def _probe(self) -> list[_Group] | None:
+    def _probe(self) -> list[Group] | None:
         """The groups of layers that read one tensor, in the order in which they are called, seen in one call; None if a
         layer is called more than once, or never."""
-        groups: list[_Group] = []
         wanted = [leaf for leaf in self._inside(self.block) if grams(leaf)]
-        seen: list[Leaf] = []
+        try:
+            groups = self._groups_of_one_call(wanted)
+        except IncError:
+            raise
+        except Exception:
+            if not self.fast:
+                raise
+            self.fast = False  # it cannot run under autocast
+            groups = self._groups_of_one_call(wanted)
+        seen = [leaf for group in groups for leaf in group.leaves]
+        for group in groups:
+            group.last = None
+        return groups if len(seen) == len(set(seen)) == len(wanted) else None
+
+    def _groups_of_one_call(self, wanted: list[Leaf]) -> list[Group]:
+        groups: list[Group] = []
 
         def hook(leaf: Leaf) -> Any:
-            def take(module: nn.Module, args: Any) -> None:
-                seen.append(leaf)
-                if not groups or groups[-1].last is not args[0]:
-                    groups.append(_Group([], last=args[0]))
+            def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+                x = input_of(args, kwargs)
+                if not groups or groups[-1].last is not x:
+                    groups.append(Group([], last=x))
                 groups[-1].leaves.append(leaf)
 
             return take
 
         with self._floats() as twins:
             for leaf in wanted:
-                twins[leaf].register_forward_pre_hook(hook(leaf))
+                twins[leaf].register_forward_pre_hook(hook(leaf), with_kwargs=True)
             self._run(self.hidden[0], self.inputs.calls[0])
-        for group in groups:
-            group.last = None
-        return groups if len(seen) == len(set(seen)) == len(wanted) else None
+        return groups
 
     # ---------------------------------------------------------------------------------------------------------- runs
-    def _collect(self, only: _Group | None) -> None:
+    def _collect(self, only: Group | None) -> None:
         """One run of a block's inputs for the products of the inputs of its layers (of one group alone)."""
-        wanted = [leaf for leaf in self._inside(self.block) if grams(leaf)]
+        known = list(self.groups)
+        while True:
+            try:
+                self._collected(only)
+                return
+            except IncError:
+                raise
+            except Apart:
+                self.apart = True
+            except Exception:
+                if not self.fast:
+                    raise
+                self.fast = False
+            self.groups = list(known)
+
+    def _collected(self, only: Group | None) -> None:
         if only is not None:
-            only.total, only.rows, only.last, only.known = None, 0, None, {}
+            only.total, only.rows, only.last, only.known, only.filled = None, 0, None, {}, 0
             wanted = list(only.leaves)
-        calls = 0
-        expected: int | None = None
-        group_of: dict[Leaf, _Group] = {m: g for g in self.groups for m in g.leaves}
+            group_of: dict[Leaf, Group] = dict.fromkeys(wanted, only)
+        else:
+            known = {leaf for group in self.groups for leaf in group.leaves}
+            wanted = [leaf for leaf in self._inside(self.block) if grams(leaf) and leaf not in known]
+            group_of = {}
+        called: list[Leaf] = []
 
         def hook(leaf: Leaf) -> Any:
-            def take(module: nn.Module, args: Any) -> None:
-                nonlocal calls
-                x = args[0]
+            def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+                x = input_of(args, kwargs)
                 if leaf not in group_of:
-                    shared = next((g for g in self.groups if g.last is x), None)
+                    shared = None if self.apart else next((g for g in group_of.values() if g.last is x), None)
                     if shared is None:
-                        shared = _Group([])
+                        shared = Group([])
                         self.groups.append(shared)
                     shared.leaves.append(leaf)
                     group_of[leaf] = shared
-                group_of[leaf].take(x)
-                calls += 1
-                if calls == expected:
-                    raise Stop("all inputs are known")
+                group = group_of[leaf]
+                if leaf is not group.leaves[0] and group.last is not x:
+                    if only is not None:
+                        text = f"it reads the tensor that {group.leaves[0].path} reads in some calls, and another since"
+                        raise CalibrationError(f"{text} layers before it are rounded", module=leaf.path)
+                    raise Apart
+                group.take(x)
+                called.append(leaf)
+                if only is not None and self.regular and len(called) == len(wanted):
+                    raise Stop("all inputs are known")  # the rest of the block need not be computed again
 
             return take
 
+        regular = True
         with self._floats() as twins:
-            hooks = [twins[leaf].register_forward_pre_hook(hook(leaf)) for leaf in wanted]
+            hooks = [twins[leaf].register_forward_pre_hook(hook(leaf), with_kwargs=True) for leaf in wanted]
             try:
                 for i, call in enumerate(self.inputs.calls):
-                    calls = 0
+                    called.clear()
                     with contextlib.suppress(Stop):
                         self._run(self.hidden[i], call)
-                    expected = calls  # the rest of a block behind its last layer need not be computed again
+                    regular = regular and len(called) == len(set(called)) == len(wanted)
             finally:
                 for h in hooks:
                     h.remove()
+        if only is None:
+            self.regular = regular
         for group in self.groups:
             group.seen()
 
     def _advance(self) -> None:
         """The outputs of the current block, as it is by now, are the inputs of the next one."""
+        while self.together is not None and self.stage < len(self.groups):
+            self._step()
         if self.together is not None:
-            while self.stage < len(self.groups):
-                self._step()
-            with torch.no_grad(), _fast():
-                self.hidden = self.together.step()
+            ends = self._go_on()
             self.close()
-            return
-        with self._floats():
-            for i, call in enumerate(self.inputs.calls):
-                self.hidden[i] = self._run(self.hidden[i], call)
+            if ends is not None and all(isinstance(x, Tensor) for x in ends):
+                self.hidden = ends
+                return
+        for i, call in enumerate(self.inputs.calls):
+            try:
+                with self._floats():
+                    self.hidden[i] = self._run(self.hidden[i], call)
+            except Exception:
+                if not self.fast:
+                    raise
+                self.fast = False
+                with self._floats():
+                    self.hidden[i] = self._run(self.hidden[i], call)
 
     def _run(self, hidden: Tensor, call: Call) -> Tensor:
-        block = self.model.get_submodule(self.inputs.paths[self.block])
-        result = block(hidden, *call.args, **call.kwargs)
+        result = call.run(self.model.get_submodule(self.inputs.paths[self.block]), hidden)
         return (result[0] if isinstance(result, tuple) else result).to(hidden.dtype)
 
     def _tail(self) -> None:
@@ -300,36 +348,22 @@ class BlockByBlock:
         while self.block < len(self.inputs.paths):
             self._advance()
             self.block += 1
-        replays = {path: _Replay(self.inputs.tuples) for path in self.inputs.paths}
-        blocks = {path: self.model.get_submodule(path) for path in self.inputs.paths}
-        own = self.model.__dict__["_inc_forward"] or type(self.model).forward.__get__(self.model)
-        watching = [(o, o.enabled) for leaf in self._inside(None) for o in grams(leaf)]
-        try:
-            for observer, _ in watching:
-                observer.enabled = not observer.elements  # those before the blocks have seen all
-            for path, stub in replays.items():
-                put(self.model, [path], stub)
-            for i, call in enumerate(self.inputs.calls):
-                replays[self.inputs.paths[-1]].result = self.hidden[i]
-                assert call.whole is not None
-                with torch.no_grad():
-                    own(*call.whole[0], **call.whole[1])
-        finally:
-            for observer, enabled in watching:
-                observer.enabled = enabled
-            for path, block in blocks.items():
-                put(self.model, [path], block)
+        run_tail(self.model, self.inputs, self.hidden, self.places, self.done)
 
     @contextlib.contextmanager
     def _floats(self) -> Iterator[dict[Leaf, nn.Module]]:
         """As `_placed`, and ready to run data through."""
-        with self._placed() as twins, torch.no_grad(), _fast():
+        with self._placed() as twins, torch.no_grad(), self._autocast():
             yield twins
+
+    def _autocast(self) -> Any:
+        """Autocast to bfloat16, where that is fast and the model takes it."""
+        return torch.autocast("cpu", dtype=torch.bfloat16) if self.fast else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _placed(self) -> Iterator[dict[Leaf, nn.Module]]:
         """Plain layers in the places of the current block's leaves, rounded ones with their rounded weights."""
-        twins = {leaf: _twin(leaf, self.done.get(leaf)) for leaf in self._inside(self.block)}
+        twins = {leaf: twin_of(leaf, self.done.get(leaf)) for leaf in self._inside(self.block)}
         try:
             for leaf, twin in twins.items():
                 put(self.model, self.places[leaf], twin)
@@ -339,47 +373,8 @@ class BlockByBlock:
                 put(self.model, self.places[leaf], leaf)
 
 
-class _Replay(nn.Module):
-    """Stands where a block stood; gives `result`, or what it is called with."""
-
-    def __init__(self, tuples: bool) -> None:
-        super().__init__()
-        self.tuples = tuples
-        self.result: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point())
-        value = given if self.result is None else self.result
-        return (value,) if self.tuples else value
-
-
-def _twin(leaf: Leaf, converted: Leaf | None) -> nn.Module:
-    """The float layer of a leaf; of one that is rounded, with the values of its rounded weight."""
-    twin = copy.copy(float_layer(leaf))
-    twin.__dict__["_forward_pre_hooks"] = type(twin._forward_pre_hooks)()
-    values = {name: None if p is None else p.detach() for name, p in twin._parameters.items()}
-    if converted is not None:
-        values["weight"] = converted.weight.detach().to(values["weight"].dtype)  # type: ignore[union-attr]
-    # parameters that want a gradient: autocast keeps the casts of such, and casts others at each call
-    twin._parameters = {name: None if v is None else nn.Parameter(v) for name, v in values.items()}
-    return twin
-
-
-def _fast() -> Any:
-    """Autocast to bfloat16, where that is fast."""
-    if fast_dtype() == torch.bfloat16:
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
 def _has_seen(leaf: Leaf) -> bool:
     return all(o.elements for o in observers_of(leaf))
-
-
-def _fill(leaf: Leaf, group: _Group) -> None:
-    for observer in grams(leaf):
-        observer.total, observer.count, observer.known = group.total, group.rows, group.known
-        observer.elements = group.rows * group.total.shape[0]  # type: ignore[union-attr]
 
 
 def _sequential(leaf: Leaf) -> bool:

@@ -26,7 +26,7 @@ from inc_graph.gram import GramObserver
 from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.leaf import Leaf
 
-__all__ = ["BlockInputs", "Call", "NotComputed", "block_inputs_of", "grams", "stop_at_blocks", "undo"]
+__all__ = ["BlockInputs", "Call", "NotComputed", "block_inputs_of", "copies", "grams", "stop_at_blocks", "undo"]
 
 _MARK = "_inc_block_inputs"
 
@@ -58,12 +58,33 @@ class NotComputed:
 
 @dataclass
 class Call:
-    """Arguments of one call of a block: `args` without the first, which flows from block to block."""
+    """Arguments of one call of a block, as copies: whoever calls may use the memory again.
+
+    Attributes:
+        hidden: What flows from block to block.
+        name: The keyword that it is passed by; None: it is the first argument.
+        args, kwargs: The others.
+        whole: Arguments of the model's call, if its tail is wanted.
+    """
 
     hidden: Tensor
+    name: str | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    whole: tuple[tuple[Any, ...], dict[str, Any]] | None  # arguments of the model's call, if its tail is wanted
+    whole: tuple[tuple[Any, ...], dict[str, Any]] | None
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Any:
+        """What a block makes of `hidden`. It gets copies, so it may write to what it is given."""
+        args, kwargs = copies((self.args, self.kwargs))
+        if self.name is None:
+            return block(hidden.clone(), *args, **kwargs)
+        return block(*args, **{self.name: hidden.clone()}, **kwargs)
+
+
+def copies(tree: Any) -> Any:
+    """The same arguments with tensors of their own, which are none of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), tree)
 
 
 @dataclass
@@ -141,12 +162,19 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _first(self, known, own, args, kwargs)
         if known.chain:
             return own(*args, **kwargs)
-    whole = (args, kwargs) if known.wants_tail else None
+    whole = copies((args, kwargs)) if known.wants_tail else None
     block = self.get_submodule(known.paths[0])
 
     def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-        first, rest = _split(args, kwargs)
-        known.calls.append(Call(first.detach(), *_kept(rest), whole))
+        first, name, rest = _split(args, kwargs)
+        if first.is_floating_point() and not bool(first.isfinite().all()):
+            nan, inf = int(first.isnan().sum()), int(first.isinf().sum())
+            raise CalibrationError(
+                f"calibration batch {len(known.calls) + 1}: {nan} NaN and {inf} infinite values of {first.numel()}"
+                " reach the first block", module=known.paths[0], hint="check that batch",
+            )  # fmt: skip
+        others, named = copies(_kept(rest))
+        known.calls.append(Call(copies(first), name, others, named, whole))
         raise Stop("the inputs of the first block are known")
 
     hook = block.register_forward_pre_hook(take, with_kwargs=True)
@@ -162,14 +190,16 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )  # fmt: skip
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """(what flows, the rest) of a block's arguments."""
+def _split(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, str | None, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """(what flows, the keyword that it is passed by, the rest) of a block's arguments."""
     if args:
-        return args[0], (args[1:], kwargs)
+        return args[0], None, (args[1:], kwargs)
     name = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
     if name is None:
         raise Stop("a block is called without a tensor")
-    return kwargs[name], ((), {k: v for k, v in kwargs.items() if k != name})
+    return kwargs[name], name, ((), {k: v for k, v in kwargs.items() if k != name})
 
 
 def _kept(rest: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -213,8 +243,9 @@ def _first(model: nn.Module, known: BlockInputs, own: Callable[..., Any], args: 
     for observer in collecting:
         observer.enabled = False
     try:
+        own_args, own_kwargs = copies((args, kwargs))  # the call runs again: the model may write to its input
         with torch.no_grad(), contextlib.suppress(Stop):
-            own(*args, **kwargs)
+            own(*own_args, **own_kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -245,6 +276,7 @@ class _Chain:
     at: int = 0
     given: Any = None  # by the block before
     rest: list[Any] = field(default_factory=list)  # the other arguments of the first block
+    name: str | None = None  # the keyword by which the first block gets what flows
 
     @property
     def at_end(self) -> bool:
@@ -261,18 +293,22 @@ class _Chain:
         if self.at >= len(self.paths) or path != self.paths[self.at]:
             return _ORDER
         try:
-            first, others = _split(args, kwargs)
+            first, name, others = _split(args, kwargs)
         except Stop:
-            first, others = None, ((), {})
+            first, name, others = None, None, ((), {})
         given = result[0] if isinstance(result, tuple) and result else result
         if not isinstance(first, Tensor) or not isinstance(given, Tensor) or given.shape != first.shape:
             return f"block {path} does not turn one tensor into another of its shape"
         mine = _leaves(others)
         if self.at == 0:
-            self.rest = mine
+            self.rest, self.name = mine, name
         elif first is not self.given:
             return f"what comes behind block {self.paths[self.at - 1]} is not what it gives"
-        elif len(mine) != len(self.rest) or not all(_same(a, b) for a, b in zip(mine, self.rest, strict=True)):
+        elif (
+            name != self.name
+            or len(mine) != len(self.rest)
+            or not all(_same(a, b) for a, b in zip(mine, self.rest, strict=True))
+        ):
             return f"block {path} is called with other arguments than the first"
         self.given = given
         return ""

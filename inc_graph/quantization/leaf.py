@@ -188,7 +188,10 @@ class Leaf(nn.Module):
         """The float layer, None once it is converted."""
         return self._original[0] if self._original else None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: Any, input: Tensor | None = None, **kwargs: Any) -> Tensor:
+        x = input if x is None else x  # the name that layers of torch give it
+        if x is None:
+            raise TypeError(f"{type(self).__name__} {self.path!r} is called without an input")
         if self._original and torch.compiler.is_dynamo_compiling() and stays_float(self.number):
             return self._original[0](x, *args, **kwargs)
         if args or kwargs:

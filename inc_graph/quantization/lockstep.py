@@ -19,7 +19,7 @@ class Lockstep:
     """Calls `run(0)`, `run(1)`, ..., each of which calls `pause` where it is to wait.
 
     Args:
-        run: The function. It must pause as often, whatever its argument.
+        run: The function. A call that has ended gives `()` at the steps that others still take.
         count: How many calls.
     """
 
@@ -41,6 +41,12 @@ class Lockstep:
         torch.set_grad_enabled(modes[0])  # a region of the model's, which the calls between may have left
         torch.set_autocast_enabled("cpu", modes[1])
         torch.set_autocast_dtype("cpu", modes[2])
+
+    def current(self) -> Any:
+        """Stands for the call that runs at this moment."""
+        from greenlet import getcurrent
+
+        return getcurrent()
 
     @property
     def done(self) -> bool:
