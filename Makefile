@@ -6,6 +6,13 @@ VENV       ?= .venv
 TORCH_SPEC ?= torch==2.13.0
 EXTRAS     ?= dev,eval
 PYTEST_ARGS ?=
+JOBS       ?= 2
+
+# Tests run in as many processes, whose threads must not spin while they wait; those marked `alone` follow one by one.
+define run_tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "$(1) and not alone" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$(1) and alone" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+endef
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -40,10 +47,10 @@ demo: $(STAMP) ## quantize two real models to int8 and print what was gained
 	$(BIN)/python -m examples.quantize_two_models
 
 test: $(STAMP) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not bench" $(PYTEST_ARGS)
+	$(call run_tests,not slow and not bench)
 
 test-slow: $(STAMP) ## only the slow tests
-	$(BIN)/python -m pytest -m "slow and not bench" $(PYTEST_ARGS)
+	$(call run_tests,slow and not bench)
 
 test-all: test test-slow ## all tests, each once
 

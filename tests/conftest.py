@@ -12,6 +12,7 @@ from hypothesis import settings
 MARKERS = {
     "slow": "takes more than a few seconds; `make test-slow`",
     "real_model": "needs the trained models of the extra [eval]",
+    "alone": "compares times or kills what runs: nothing else may run beside it",
     "bench": "measures time; only on request",
     "ipex": "needs intel-extension-for-pytorch",
 }

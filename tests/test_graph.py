@@ -292,6 +292,7 @@ def edit_everywhere(gm: fx.GraphModule) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_edits_are_linear() -> None:
     edit_everywhere(chain(100))

@@ -39,6 +39,7 @@ def run(program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("module", PARTS[:2])  # the others are loaded by the second
 def test_time(module: str) -> None:
     """The least of several runs, in processor time: what other programs do to it only makes it more."""

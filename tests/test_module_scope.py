@@ -564,6 +564,7 @@ def test_a_language_model_keeps_generate() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
+@pytest.mark.alone
 def test_equal_layers_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
 

@@ -345,6 +345,7 @@ def test_what_cannot_be_collected() -> None:
         e.init(QSpec("int8", "symmetric", PerTensor(), True), 2)
 
 
+@pytest.mark.alone
 def test_the_search_is_fast() -> None:
     e, x, threads = estimator("histogram_mse"), DATA["normal"], torch.get_num_threads()
     state, best = run(e, [x], U8), float("inf")

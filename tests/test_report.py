@@ -272,6 +272,7 @@ def test_progress_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- import cost
+@pytest.mark.alone
 def test_importing_is_cheap() -> None:
     """No detection, no registry filled, nothing heavy but torch."""
     code = """

@@ -229,6 +229,7 @@ def rewrite_everywhere(length: int) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_cost_is_linear() -> None:
     rewrite_everywhere(100)

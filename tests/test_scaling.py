@@ -118,6 +118,7 @@ def test_work_is_linear(backend: str) -> None:
     assert large <= 6.2 * small
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_time_is_linear() -> None:
     """On the backend of this machine. Work alone cannot tell what is slow inside of one call, such as a copied set."""

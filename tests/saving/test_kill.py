@@ -62,6 +62,7 @@ print("interrupted", interrupted, "seen", *seen)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_while_saving(tmp_path: Path) -> None:
