@@ -10,7 +10,8 @@ What is written into `meta["custom"]["inc"]`:
 Readers are chosen from the outputs backwards: anchors (convolution, linear) first; a follower (add) joins if somebody
 reads its result quantized, all others are sums themselves, and its backend can fuse it; a carrier (view, max_pool)
 passes the wish of its readers on to its input, with the same scale. A value that a fused producer hands to a follower
-(conv -> add) stays in the accumulator: it is not quantized. Masks, positions and constants are told from data by
+(conv -> add) stays in the accumulator: it is not quantized. What is quantized dynamically is quantized where it is
+read: to followers and carriers such a reader is a float one. Masks, positions and constants are told from data by
 `_eligible` and never quantized, unless a rule names their reader.
 """
 
@@ -52,6 +53,11 @@ class _State:
             self.group[item] = self.group.get(self.group[item], self.group[item])
             item = self.group[item]
         return item
+
+    def reads_of(self, value: fx.Node) -> dict[fx.Node, Key | None]:
+        """User -> the static format that it reads `value` in; None for who reads it float, or quantizes it itself."""
+        found = {u: self.reads.get(u, {}).get(value) for u in value.users}
+        return {u: None if k is None or self.wants[value][k].dynamic else k for u, k in found.items()}
 
     def want(self, reader: fx.Node, value: fx.Node, key: Key, spec: QSpec) -> None:
         self.wants.setdefault(value, {})[key] = spec
@@ -142,7 +148,7 @@ def _reader(node: fx.Node, state: _State) -> None:
 
 def _reader_keys(node: fx.Node, state: _State) -> set[Key | None]:
     """The formats in which the users of `node` read it; None stands for float, and for no reader at all."""
-    return {state.reads.get(user, {}).get(node) for user in node.users} or {None}
+    return set(state.reads_of(node).values()) or {None}
 
 
 def _end(node: fx.Node) -> fx.Node:
@@ -183,6 +189,8 @@ def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
     reason = state.facts.bad_inputs(pattern, node, what.activation, _named(index, state))
     if what.activation is None:
         reason = "the rule quantizes weights only"
+    elif what.activation.dynamic:
+        reason = "a sum or product gains nothing from inputs that are quantized at run time"
     elif reason is None and any(state.facts.kinds.get(v) == PARAMETER for v in inputs):
         reason = "one operand is a parameter"
     absorbed = _absorbed(inputs, state)
@@ -207,7 +215,7 @@ def _agreed(value: fx.Node, state: _State) -> tuple[Key | None, list[fx.Node]]:
     A float sum reads the codes of another one through a dequantize. If it took the float value, the sum before it had a
     float reader, so it would be float as well, and so on up the whole chain of residual blocks.
     """
-    keys = {u: state.reads.get(u, {}).get(value) for u in value.users}
+    keys = state.reads_of(value)
     others = [u for u, key in keys.items() if key is None]
     if not all(u in state.sums for u in others):
         return None, []
@@ -217,7 +225,8 @@ def _agreed(value: fx.Node, state: _State) -> tuple[Key | None, list[fx.Node]]:
 def _absorbed(inputs: list[fx.Node], state: _State) -> fx.Node | None:
     """The operand that stays in the accumulator of its layer: that of the later layer, as it runs last."""
     layers = [v for v in inputs if v in state.ops and len(v.users) == 1 and state.ops[v][0].weight is not None]
-    layers = [v for v in layers if state.ops[v][2].activation is not None and state.ops[v][0].inputs]
+    layers = [v for v in layers if (a := state.ops[v][2].activation) is not None and not a.dynamic]
+    layers = [v for v in layers if state.ops[v][0].inputs]
     return max(layers) if layers and len(inputs) > 1 else None
 
 

@@ -5,7 +5,8 @@
                                       below 8 bits  bytes --> unpack --> dequantize --> layer
 
 The output of a carrier gets the pair too, with its input's scale (exact: its values are on that grid already), so every
-reader sees the same form. One weight tensor that several layers share becomes one carrier.
+reader sees the same form. One weight tensor that several layers share becomes one carrier. Where scales are found at
+run time there is no observer: see `_dynamic`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from inc_graph.oppattern import argument, pattern_of, set_arguments
 from inc_graph.ops import DEQUANTIZE, QUANTIZE, UNPACK
 from inc_graph.packing import pack
 from inc_graph.passes._codes import codes_by_range, codes_of_weight, needs_zero_point
+from inc_graph.passes._dynamic import quantize_at_run_time
 from inc_graph.passes._place import Maker
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
@@ -155,6 +157,8 @@ def _read_codes(state: _State, name: str, codes: Codes, like: fx.Node) -> fx.Nod
 
 def _pair(state: _State, value: fx.Node, key: str, quant: dict[str, Any]) -> None:
     spec = QSpec.from_json(quant["spec"])
+    if spec.dynamic:
+        return quantize_at_run_time(state.make, value, key, spec)
     fake: torch.Tensor = value.meta["val"]
     group = (quant["group"], key)
     how = (*_params(state, group, fake.ndim, spec), list(spec.block(fake.ndim)), spec.qtype)

@@ -6,6 +6,7 @@
 Values that share a scale (the inputs of cat) share one observer. The output of a carrier (view, max_pool) is not
 observed: it holds values of its input. A layer whose bias will be corrected gets the mean of its input collected too;
 one whose weight is rounded against its inputs gets their outer products collected, once for all that read one input.
+A value whose scales are found at run time needs none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from inc_graph.graph import erase_dead, inc_meta, module_path, peek_meta, replac
 from inc_graph.input_mean import MeanObserver
 from inc_graph.oppattern import pattern_of
 from inc_graph.options import make_estimator, needs_inputs
+from inc_graph.passes._dynamic import is_dynamic
 from inc_graph.passes._place import behind, head, stamp
 from inc_graph.passes._unfold import patches_of
 from inc_graph.passmanager import Pass, PassReport, PassResult
@@ -62,7 +64,7 @@ class InsertObservers(Pass):
         state = _State(gm, head(gm), _ranks(gm))
         for value in list(gm.graph.nodes):
             for key, quant in peek_meta(value).get("quant", {}).items():
-                if not is_carried(value, key):
+                if not is_carried(value, key) and not is_dynamic(quant):
                     _observe(state, value, key, quant)
                     report.matched.append(value.name)
             if peek_meta(value).get("weight", {}).get("correct_bias"):
@@ -78,7 +80,7 @@ def _ranks(gm: fx.GraphModule) -> dict[tuple[str, str], set[int]]:
     found: dict[tuple[str, str], set[int]] = {}
     for value in gm.graph.nodes:
         for key, quant in peek_meta(value).get("quant", {}).items():
-            if not is_carried(value, key):
+            if not is_carried(value, key) and not is_dynamic(quant):
                 found.setdefault((quant["group"], key), set()).add(value.meta["val"].ndim)
     return found
 
