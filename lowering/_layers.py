@@ -13,6 +13,7 @@ from inc_graph.graph import insert_call, insert_get_attr, replace_uses, set_tens
 from inc_graph.lowering import _onednn
 from inc_graph.lowering._codes import codes_to_unsigned, spread
 from inc_graph.lowering._context import OneDnnContext, QParams, Weight, bias_of, typical_shape, weight_of
+from inc_graph.lowering._dynamic_claims import chosen
 from inc_graph.lowering._forms import Form, Sides, can_absorb, form_of, too_many_groups
 from inc_graph.lowering._fusion import LINEAR, TRANSPOSED, owned, tail_of
 from inc_graph.lowering._onednn import Int8Layer
@@ -64,6 +65,8 @@ def _read(c: OneDnnContext, node: fx.Node) -> _Plan | str:
     w: Any = argument(node, 1)
     if not is_dequantize(x):
         return "its input is not quantized; the kernel takes no float input" if is_dequantize(w) else ""
+    if chosen(x) is not None:  # of linear layers the claim on dynamic ones has said why not
+        return "" if node.target in LINEAR else "its input is quantized at run time; the kernel takes a static scale"
     if (p := c.qparams(x)) is None:
         return f"its input is {x.args[4]} in blocks {list(x.args[3])}; the kernel takes one static 8-bit scale"
     weight = weight_of(c, node, 1 if node.target in TRANSPOSED else 0)

@@ -2,6 +2,7 @@
 
     dequantize(x) , dequantize(w) -> linear | conv  [-> + other] [-> activation] [-> quantize]    becomes one Int8Layer
     dequantize(x) -> view | max_pool | cat | pad -> quantize (same scale)                          runs on the codes
+    choose_qparams(x) -> quantize -> dequantize , dequantize(w) -> linear          becomes one DynamicLayer
     dequantize(table) -> embedding                                                                 looks up codes
     x (float) , dequantize(w) -> linear                                      becomes one weight_only_linear (any format)
 
@@ -20,6 +21,7 @@ from torch import fx, nn
 from inc_graph.graph import insert_call, is_float, replace_uses, val
 from inc_graph.lowering._codes import dequantize_codes, lookup_rows, quantize_codes
 from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
+from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
 from inc_graph.lowering._fusion import CONV, LINEAR, TRANSPOSED
 from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer, rewrite_signed
 from inc_graph.lowering._layouts import settle_layouts
@@ -114,6 +116,7 @@ class Inductor(Backend):
             Claim("int8 as uint8", P(QUANTIZE), rewrite_signed, check_signed, kernel=False),
             Claim("move", P(MOVES), rewrite_move, check_move, kernel=False),
             Claim("int8 convolution", P(CONV), rewrite_layer, check_layer),
+            DYNAMIC_LINEAR,
             Claim("int8 linear", P(LINEAR), rewrite_layer, check_layer),
             Claim("int8 transposed convolution", P(TRANSPOSED), rewrite_layer, check_layer),
             Claim("int8 lookup", P(aten.embedding.default), _rewrite_lookup, _check_lookup),
