@@ -53,10 +53,10 @@ def _native(x: Tensor) -> Passes | None:
 
 def _codes_by_torch(x: Tensor, qtype: str, scheme: str, per_row: bool) -> tuple[Tensor, Tensor]:
     """As the compiled pass, in a dozen of them."""
-    taken["torch"] += 1
     block = (1, -1) if per_row else (-1, -1)
     if not x.numel():
         return x.new_empty(x.shape, dtype=torch.uint8), x.new_zeros(2, len(x) if per_row else 1, dtype=torch.float32)
+    taken["torch"] += 1
     scale, zero = numerics.choose_qparams(x, block, qtype, scheme)
     codes, offset = numerics.quantize(x, scale, zero, block, qtype), 128 if get_qtype(qtype).signed else 0
     codes = codes.contiguous()  # the strides of x else

@@ -185,7 +185,7 @@ def _rewrite(c: OneDnnContext, found: Match) -> str:
         _remember(c, again, call)
     else:
         replace_uses(tail.end, call)
-    c.packed.setdefault(plan.weight.attr, weight.codes)
+    c.packed.setdefault(plan.weight.attr, lambda: weight.codes())  # a function is not copied, what is bound to one is
     if tail.other is not None:
         c.absorbed[tail.place.name] = node.name
     return f"int8 linear, {plan.x}"

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from inc_graph.graph import fake_call, insert_call, val
-from inc_graph.lowering import _onednn
+from inc_graph.lowering import _dynamic, _onednn
 from inc_graph.lowering._context import OneDnnContext, size_hint
 from inc_graph.ops import is_inc
 
@@ -26,6 +26,10 @@ __all__ = ["settle_layouts"]
 aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
+_LAYERS = (
+    _onednn.int8_layer, _onednn.int8_layer_add, _onednn.int8_layer_sum, _dynamic.dynamic_codes, _dynamic.dynamic_layer,
+    _dynamic.dynamic_layer_add, _dynamic.dynamic_layer_codes,
+)  # fmt: skip
 _BY_POSITION = (
     aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default, aten.view.dtype,
     aten.view_as_complex.default, aten.set_.source_Tensor,
@@ -60,7 +64,7 @@ def settle_layouts(c: OneDnnContext) -> None:
 
 def _is_layer(node: fx.Node) -> bool:
     """True for what gives the same layout whatever it gets."""
-    return node.target in (_onednn.int8_layer, _onednn.int8_layer_add, _onednn.int8_layer_sum)
+    return node.target in _LAYERS
 
 
 def _below(graph: fx.Graph, roots: Any) -> list[fx.Node]:
