@@ -26,6 +26,7 @@ from inc_graph.lowering._fusion import CONV, LINEAR, TRANSPOSED
 from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer, rewrite_signed
 from inc_graph.lowering._layouts import settle_layouts
 from inc_graph.lowering._moves import MOVES, check_move, rewrite_move
+from inc_graph.lowering._recurrent import GRU, LSTM
 from inc_graph.lowering._regions import for_compile
 from inc_graph.lowering._weight_only_claims import FORMATS, LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
 from inc_graph.lowering.base import Backend, Claim
@@ -98,6 +99,7 @@ class Inductor(Backend):
         **dict.fromkeys(_LAYERS, tuple((a, w) for a in CODES for w in WEIGHTS)),
         "linear": (*((a, w) for a in CODES for w in WEIGHTS), *((None, w) for w in FORMATS)),
         "add": tuple((a, None) for a in CODES),
+        **dict.fromkeys(("lstm_steps", "gru_steps"), tuple((None, w) for w in FORMATS)),
         "embedding": tuple((None, w) for w in FORMATS),
     }
     compute_dtype: torch.dtype | None = None
@@ -121,6 +123,8 @@ class Inductor(Backend):
             Claim("int8 transposed convolution", P(TRANSPOSED), rewrite_layer, check_layer),
             Claim("int8 lookup", P(aten.embedding.default), _rewrite_lookup, _check_lookup),
             WEIGHT_ONLY,
+            LSTM,
+            GRU,
             LOOKUP,
             WEIGHT_VALUES,
             Claim("quantize", P(QUANTIZE), _rewrite_quantize, _check_quantize, kernel=False),

@@ -1,4 +1,4 @@
-"""Recurrent layers: known, and left float with the reason."""
+"""Recurrent layers: known, and left float with the reason, unless the pass `split-recurrent` takes them apart."""
 
 import torch
 from torch import nn
@@ -25,6 +25,6 @@ for name, targets, *modules in (
             role="opaque",
             modules=tuple(modules),
             reason="a recurrent state is fed back through every step; static ranges do not fit it and no backend has a "
-            "kernel",
+            "kernel (dynamic quantization takes an LSTM or GRU apart)",
         )
     )

@@ -73,7 +73,7 @@ class DynamicQuantConfig(Int8Config):
         return Recipe(
             self.name,
             self.rules(),
-            prepare="fold-constants,canonicalize,annotate,insert-observers",
+            prepare="fold-constants,canonicalize,split-recurrent,annotate,insert-observers",
             convert="convert-qdq",
             supported=supported,
             backend=backend,
