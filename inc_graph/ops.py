@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from inc_graph import numerics
+from inc_graph import numerics, recurrent  # noqa: F401 - registers two operators more
 from inc_graph.errors import SpecError
 from inc_graph.packing import check_packed
 from inc_graph.qtypes import get_qtype
