@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks import real_models as rm
+from inc_graph.errors import ConfigError
 from inc_graph.export import export
 from inc_graph.lowering import _dynamic
 from inc_graph.lowering._dynamic import _codes_by_torch, dynamic_codes, taken
@@ -237,3 +239,38 @@ def test_beside_static_layers() -> None:
         kernels = {line.op: line.detail for line in q.report.kernels}
         assert kernels == {"conv1d": "int8 convolution", "linear": "int8 linear, dynamic uint8, per token"}
         close(q(x), model(x), 0.03)
+
+
+def test_bad_input_changes_nothing() -> None:
+    class NoLayer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(x, -1) + 1
+
+    for config in (DynamicQuantConfig(), DynamicQuantConfig(**TOKENS)):
+        with pytest.raises(ConfigError, match=r"nothing in this model can be quantized.*softmax"):
+            quantize(export(NoLayer().eval(), (torch.ones(2, 3),)), config)
+        with pytest.raises(ConfigError, match="nothing in this model can be quantized"):
+            quantize(NoLayer().eval(), config)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    exported = export(model, (torch.ones(2, 4),))
+    before = exported.code
+    q = quantize(exported, DynamicQuantConfig(**TOKENS))
+    assert [(x.module, x.detail) for x in q.report.floats] == [("1", "its weight 1.weight holds NaN or infinity")]
+    assert exported.code == before and q.report.count("linear") == 1
+    for field, value in (("act_granularity", "per_row"), ("act_dtype", "nf4"), ("w_granularity", "per_token")):
+        with pytest.raises(ConfigError, match=rf"DynamicQuantConfig.{field}"):
+            DynamicQuantConfig(**{field: value})
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_minilm() -> None:
+    """36 products in int8, 18 passes of quantization less what the layers write as codes; close to the float model."""
+    model, tokenizer, documents, _ = rm.minilm()
+    q = quantized(model, next(rm.batches(tokenizer, documents[:10], 10)), **TOKENS)
+    taken.clear()
+    embeddings = rm.embed(q, tokenizer, documents)
+    assert q.report.count("linear") == 36 and taken["gemm"] == 5 * 36 and not q.report.reference
+    assert rm.sqnr_db(rm.embed(model, tokenizer, documents), embeddings) >= 26.4
