@@ -368,8 +368,9 @@ def _spatial(node: fx.Node, index: Tensor) -> list[Way] | str:
 
 
 def _pad(node: fx.Node, index: Tensor) -> list[Way] | str:
-    padded = len(node.args[1]) // 2  # type: ignore[arg-type]
-    if not all(n == 1 for n in index.shape[index.ndim - padded :]) or argument(node, 3) not in (None, 0, 0.0):
+    widths: Any = node.args[1]
+    padded = [index.ndim - 1 - i // 2 for i, n in enumerate(widths) if not isinstance(n, int) or n != 0]
+    if any(index.shape[d] != 1 for d in padded) or argument(node, 3) not in (None, 0, 0.0):
         return f"{_name(node)} pads channels, or with other values than zero"
     return _same(node, index)
 
@@ -463,7 +464,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(
         _overloads(*(f"{kind}pool{d}d" for kind in ("max_", "avg_", "adaptive_avg_") for d in (1, 2, 3)),
                    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d"))), _spatial),
-    aten.pad.default: _pad, aten.constant_pad_nd.default: _pad,
+    aten.pad.default: _pad,
     aten.matmul.default: _matmul, aten.bmm.default: _matmul, aten.mm.default: _matmul,
     aten.scaled_dot_product_attention.default: _attention,
     **dict.fromkeys((aten.linear.default, *(getattr(getattr(aten, f"conv{d}d"), o) for d in (1, 2, 3)

@@ -61,8 +61,14 @@ class SmoothQuant(Pass):
         for group in groups:
             _choose(gm, group)
         for group in groups:
-            if group.scale is not None and take_fuel():
+            if group.scale is None:
+                continue
+            if take_fuel():
                 edits.add(group)
+                continue
+            group.scale = None
+            for site in group.sites:
+                site.done, site.reason = "left", "there is no fuel left"
         copied = edits.apply()
         lines = [_line(site, group, edits, copied) for group in groups for site in group.sites]
         gm.meta["inc"][KEY] = [line.to_json() for line in lines]
