@@ -54,12 +54,13 @@ class Judge:
     Args:
         gm: Where the weights are.
         group: Its sites have kept data.
+        outputs: Whether its error will be asked for.
     """
 
-    def __init__(self, gm: fx.GraphModule, group: Group) -> None:
+    def __init__(self, gm: fx.GraphModule, group: Group, outputs: bool = True) -> None:
         self.group, self.x_max, self.w_max = group, *extremes(gm, group)
         self.layers: list[tuple[Site, fx.Node, Tensor, list[Tensor], float]] = []
-        for site in group.sites:
+        for site in group.sites if outputs else ():
             data = site.stats.kept()
             for layer in site.layers:
                 weight = weight_of(gm, layer).float()

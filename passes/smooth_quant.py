@@ -24,11 +24,12 @@ from inc_graph.graph import module_path, set_level, take_fuel
 from inc_graph.passes._bare import forget_decisions, remove_observers
 from inc_graph.passes._rerun import rerun
 from inc_graph.passes._smooth_apply import Edits
+from inc_graph.passes._smooth_blocks import find_blocks
 from inc_graph.passes._smooth_search import Judge, extremes
 from inc_graph.passes._smooth_sites import Group, Site, find_sites, grouped
 from inc_graph.passes.annotate import Annotate
 from inc_graph.passes.insert_observers import InsertObservers
-from inc_graph.passes.qparams.smooth import search, smooth_scale
+from inc_graph.passes.qparams.smooth import Choice, search, smooth_scale
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 from inc_graph.smooth_report import KEY, SmoothLine
@@ -45,6 +46,7 @@ class SmoothQuant(Pass):
     requires: ClassVar[str] = "observed"
     ensures: ClassVar[str] = "observed"
 
+    @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         report = PassReport()
         recalls: Recalls | None = gm.meta.pop(CALLS, None)
@@ -58,8 +60,12 @@ class SmoothQuant(Pass):
         set_level(gm, "float")
         groups = grouped(gm, sites)
         edits = Edits(gm)
+        blocks = find_blocks(gm, groups, recalls)
+        for block in blocks:
+            _take(block.groups, search(block.groups[0].sites[0].how, block), block.judges)
         for group in groups:
-            _choose(gm, group)
+            if not any(group in block.groups for block in blocks):
+                _choose(gm, group)
         for group in groups:
             if group.scale is None:
                 continue
@@ -91,15 +97,19 @@ def _choose(gm: fx.GraphModule, group: Group) -> None:
         group.alpha = float(how.alpha)
         group.scale = smooth_scale(*extremes(gm, group), group.alpha)
         return
-    with torch.no_grad():
-        judge = Judge(gm, group)
-        found = search(how, judge)
+    judge = Judge(gm, group)
+    _take([group], search(how, judge), [judge])
+
+
+def _take(groups: list[Group], found: Choice, judges: list[Judge]) -> None:
+    """Go by what a search has found."""
+    for group, judge in zip(groups, judges, strict=True):
         group.alpha, group.error, group.plain = found.alpha, found.error, found.tried[None]
-        if found.alpha is None:
-            for site in group.sites:
-                site.done, site.reason = "left", "no alpha makes the error smaller"
-            return
-        group.scale = judge.scale(found.alpha)
+        if found.alpha is not None:
+            group.scale = judge.scale(found.alpha)
+            continue
+        for site in group.sites:
+            site.done, site.reason = "left", "no alpha makes the error smaller"
 
 
 def _line(site: Site, group: Group, edits: Edits, copied: dict[fx.Node, list[fx.Node]]) -> SmoothLine:
