@@ -22,14 +22,18 @@ ROWS = 512
 _ELEMENTS = 1 << 20  # of the maps that are kept for a convolution
 
 
-class _Seen(NamedTuple):
-    """Nothing in it is changed in place."""
+class _Half(NamedTuple):
+    """What one half of the data brought. Nothing in it is changed in place."""
 
     low: Tensor | None = None
     high: Tensor | None = None
     kept: tuple[Tensor, ...] = ()
     every: int = 1  # each so many-th row is kept
     offered: int = 0
+
+
+class _Seen(NamedTuple):
+    halves: tuple[_Half, _Half] = (_Half(), _Half())
     samples: int = 0
     calls: int = 0
     elements: int = 0
@@ -49,6 +53,9 @@ def channels_last(x: Tensor, axis: int) -> Tensor:
 
 class ChannelObserver(nn.Module):
     """Identity that collects the least and the greatest value of each channel, and keeps some of the data.
+
+    It does so for two halves of the data, so that what is chosen on one can be judged on the other: of each call the
+    first and the second half of its samples; calls with one sample in turns.
 
     Args:
         axis: The channels' dimension: -1 for linear layers, 1 for convolutions.
@@ -93,48 +100,69 @@ class ChannelObserver(nn.Module):
     def _take(self, x: Tensor) -> None:
         if self.batch is not None:
             self.batch.note(self)
-        low, high = (t.float() for t in channels_last(x, self.axis).aminmax(dim=0))
-        seen = self.seen
+        seen, halves = self.seen, list(self.seen.halves)
+        x = x if x.ndim > 1 else x[None]
+        taken = x[: max(self.samples - seen.samples, 0)]
+        if len(x) == 1:
+            halves[seen.calls % 2] = self._half(halves[seen.calls % 2], x, taken)
+        else:
+            cut = len(x) // 2
+            halves = [self._half(halves[0], x[:cut], taken[:cut]), self._half(halves[1], x[cut:], taken[cut:])]
+        self.seen = _Seen((halves[0], halves[1]), seen.samples + len(taken), seen.calls + 1, seen.elements + x.numel())
+
+    def _half(self, half: _Half, x: Tensor, offered: Tensor) -> _Half:
+        rows = channels_last(x, self.axis)
+        low, high = rows.amin(0).float(), rows.amax(0).float()  # a quarter of the time of aminmax
         if not bool((low.isfinite() & high.isfinite()).all()):
-            text = f"calibration batch {seen.calls + 1}: NaN or infinite values"
+            text = f"calibration batch {self.seen.calls + 1}: NaN or infinite values"
             raise self._error(text, "check that batch, or keep this operator in float")
-        if seen.low is not None and seen.high is not None:
-            if seen.low.shape != low.shape:
-                raise self._error(f"the value had {len(seen.low)} channels before and has {len(low)} now", None)
-            low, high = torch.minimum(seen.low, low), torch.maximum(seen.high, high)
-        self.seen = self._kept(x, seen)._replace(
-            low=low, high=high, calls=seen.calls + 1, elements=seen.elements + x.numel()
-        )
+        for other in self.seen.halves:
+            if other.low is not None and other.low.shape != low.shape:
+                raise self._error(f"the value had {len(other.low)} channels before and has {len(low)} now", None)
+        if half.low is not None and half.high is not None:
+            low, high = torch.minimum(half.low, low), torch.maximum(half.high, high)
+        half = half._replace(low=low, high=high)
+        return self._keep(half, offered) if len(offered) else half
 
-    def _kept(self, x: Tensor, seen: _Seen) -> _Seen:
-        left = self.samples - seen.samples
-        if left <= 0:
-            return seen
-        part = x[:left] if x.ndim > 1 else x[None]
-        samples = seen.samples + len(part)
-        rows = part.reshape(-1, x.shape[-1]) if self.axis == -1 else part
-        limit = ROWS if self.axis == -1 else max(1, _ELEMENTS // max(rows[0].numel(), 1))
-        first = -seen.offered % seen.every
-        kept = [*seen.kept, *rows[first :: seen.every].float().split(1)] if self.axis != -1 else list(seen.kept)
-        if self.axis == -1 and first < len(rows):
-            kept.append(rows[first :: seen.every].float().clone())
-        every, offered = seen.every, seen.offered + len(rows)
+    def _keep(self, half: _Half, x: Tensor) -> _Half:
+        """Some of the rows: evenly taken, and so many as are allowed. Of a convolution whole maps are rows."""
+        rows = x.reshape(-1, x.shape[-1]) if self.axis == -1 else x
+        limit = max(1, min(ROWS // 2, _ELEMENTS // max(rows[0].numel(), 1)) if self.axis != -1 else ROWS // 2)
+        every, kept = half.every, half.kept
+        some = rows[-half.offered % every :: every].float()
+        kept = (*kept, some.clone()) if len(some) else kept
         while sum(map(len, kept)) > limit:
-            kept, every = ([torch.cat(kept)[::2].clone()] if self.axis == -1 else kept[::2]), every * 2
-            if len(kept) == 1 and self.axis != -1:
+            sizes = {x.shape[1:] for x in kept}
+            kept, every = (torch.cat(kept)[::2].clone(),) if len(sizes) == 1 else kept[::2], every * 2
+            if len(sizes) > 1 and len(kept) == 1:
                 break
-        return seen._replace(kept=tuple(kept), every=every, offered=offered, samples=samples)
+        return half._replace(kept=kept, every=every, offered=half.offered + len(rows))
 
-    def ranges(self) -> tuple[Tensor, Tensor]:
-        """(least, greatest) value of each channel over all data: float32 [channels]. CalibrationError without data."""
-        if self.seen.low is None or self.seen.high is None:
+    def ranges(self, half: int | None = None) -> tuple[Tensor, Tensor]:
+        """(least, greatest) value of each channel, of all data or one half: float32 [channels].
+
+        CalibrationError without data.
+        """
+        found = [h for i, h in enumerate(self.seen.halves) if half in (None, i) and h.low is not None]
+        if not found:
             hint = "run calibration data through the prepared model before converting it"
             raise self._error("saw no data", hint)
-        return self.seen.low, self.seen.high
+        lows, highs = [h.low for h in found], [h.high for h in found]
+        return torch.stack(lows).amin(0), torch.stack(highs).amax(0)  # type: ignore[arg-type]
 
-    def kept(self) -> list[Tensor]:
-        """What was kept: one tensor [rows, channels]; of a convolution maps, each with a batch dimension of 1."""
-        return [torch.cat(self.seen.kept)] if self.axis == -1 and self.seen.kept else list(self.seen.kept)
+    def kept(self, half: int | None = None) -> list[Tensor]:
+        """What was kept, of all data or one half: a tensor [rows, channels]; of a convolution [maps, channels, ...].
+
+        There are several if the maps differ in size, none if nothing was kept.
+        """
+        parts = [x for i, h in enumerate(self.seen.halves) if half in (None, i) for x in h.kept]
+        sizes = dict.fromkeys(x.shape[1:] for x in parts)
+        return [torch.cat([x for x in parts if x.shape[1:] == size]) for size in sizes]
+
+    @property
+    def two_halves(self) -> bool:
+        """Whether both halves brought data, and some of it was kept."""
+        return all(h.kept for h in self.seen.halves)
 
     def calculate_qparams(self) -> Any:
         """As `ranges`: what every observer has, to ask whether it has seen data."""

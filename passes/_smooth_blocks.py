@@ -92,7 +92,7 @@ def find_blocks(gm: fx.GraphModule, groups: Sequence[Group], recalls: Recalls | 
         results = [n for n in nodes if any(u not in inside for u in n.users) and isinstance(n.meta["val"], Tensor)]
         results = [n for n in results if n.meta["val"].is_floating_point()]
         inputs = [{n: values[n] for n in reads} for values in seen]
-        found.append(Block(own, [Judge(gm, g, outputs=False) for g in own], nodes, results, inputs))
+        found.append(Block(own, [Judge(gm, g) for g in own], nodes, results, inputs))
     return found
 
 

@@ -25,7 +25,7 @@ from inc_graph.passes._bare import forget_decisions, remove_observers
 from inc_graph.passes._rerun import rerun
 from inc_graph.passes._smooth_apply import Edits
 from inc_graph.passes._smooth_blocks import find_blocks
-from inc_graph.passes._smooth_search import Judge, extremes
+from inc_graph.passes._smooth_search import Judge, largest_inputs, largest_weights
 from inc_graph.passes._smooth_sites import Group, Site, find_sites, grouped
 from inc_graph.passes.annotate import Annotate
 from inc_graph.passes.insert_observers import InsertObservers
@@ -95,7 +95,7 @@ def _choose(gm: fx.GraphModule, group: Group) -> None:
         return
     if not how.auto:
         group.alpha = float(how.alpha)
-        group.scale = smooth_scale(*extremes(gm, group), group.alpha)
+        group.scale = smooth_scale(largest_inputs(group), largest_weights(gm, group), group.alpha)
         return
     judge = Judge(gm, group)
     _take([group], search(how, judge), [judge])

@@ -162,11 +162,14 @@ def test_rows_are_kept_evenly() -> None:
     rows = torch.arange(3000.0).view(3, 1000, 1)
     for x in rows:
         watch(x.view(10, 100, 1))
-    (kept,) = watch.kept()
-    steps = kept.flatten().diff().unique()
-    assert ROWS // 2 < len(kept) <= ROWS and len(steps) <= 2 and float(steps.max()) <= 8
-    low, high = watch.ranges()
-    assert (low.item(), high.item()) == (0, 2999)
+    for half in (0, 1):
+        (kept,) = watch.kept(half)
+        steps = [
+            int(n) for n in kept.flatten().diff().unique() if n < 500
+        ]  # from call to call 500 are the other half's
+        assert ROWS // 4 < len(kept) <= ROWS // 2 and len(steps) == 1 and steps[0] <= 8
+    assert [t.item() for t in watch.ranges()] == [0, 2999] and watch.two_halves
+    assert [t.item() for t in watch.ranges(0)] == [0, 2499] and [t.item() for t in watch.ranges(1)] == [500, 2999]
 
 
 def test_samples_are_limited() -> None:
@@ -176,7 +179,12 @@ def test_samples_are_limited() -> None:
     assert watch.kept()[0].unique().tolist() == [0, 1]
     maps = ChannelObserver(1, samples=3)
     maps(torch.randn(4, 2, 5, 5))
-    assert [x.shape for x in maps.kept()] == [(1, 2, 5, 5)] * 3
+    maps(torch.randn(4, 2, 6, 6))
+    assert [x.shape for x in maps.kept()] == [(3, 2, 5, 5)]
+    maps = ChannelObserver(1, samples=6)
+    maps(torch.randn(4, 2, 5, 5))
+    maps(torch.randn(2, 2, 6, 6))
+    assert [x.shape for x in maps.kept()] == [(4, 2, 5, 5), (2, 2, 6, 6)]
 
 
 def test_bad_data_is_refused() -> None:
