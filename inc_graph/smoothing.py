@@ -55,6 +55,11 @@ class Smoothing:
         """Whether alpha is searched for."""
         return self.alpha == "auto"
 
+    @property
+    def grid(self) -> tuple[float, float, float, float]:
+        """First, least and greatest alpha of the search, and its step."""
+        return self.init_alpha, self.alpha_min, self.alpha_max, self.alpha_step
+
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return "smooth" + (f"{{{','.join(changed)}}}" if changed else "")

@@ -62,7 +62,7 @@ class SmoothQuant(Pass):
         edits = Edits(gm)
         blocks = find_blocks(gm, groups, recalls)
         for block in blocks:
-            _take(block.groups, search(block.groups[0].sites[0].how, block), block.judges)
+            _take(block.groups, search(block, *block.groups[0].sites[0].how.grid), block.judges)
         for group in groups:
             if not any(group in block.groups for block in blocks):
                 _choose(gm, group)
@@ -98,7 +98,7 @@ def _choose(gm: fx.GraphModule, group: Group) -> None:
         group.scale = smooth_scale(largest_inputs(group), largest_weights(gm, group), group.alpha)
         return
     judge = Judge(gm, group)
-    _take([group], search(how, judge), [judge])
+    _take([group], search(judge, *how.grid), [judge])
 
 
 def _take(groups: list[Group], found: Choice, judges: list[Judge]) -> None:

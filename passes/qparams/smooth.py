@@ -8,14 +8,12 @@ by computing the layer with both rounded, as they will be, on kept data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from inc_graph.smoothing import Smoothing
 
 __all__ = ["CRITERIA", "Choice", "candidates", "combined", "search", "smooth_scale"]
 
@@ -45,12 +43,11 @@ def combined(errors: Sequence[float], criterion: str) -> float:
     return CRITERIA[criterion](errors)
 
 
-def candidates(how: Smoothing) -> list[float]:
+def candidates(first: float, low: float, high: float, step: float) -> list[float]:
     """The grid of the search, the first alpha in front: of equal ones the first wins."""
-    count = round((how.alpha_max - how.alpha_min) / how.alpha_step + 1e-9)
-    grid = [round(min(how.alpha_min + i * how.alpha_step, how.alpha_max), 6) for i in range(count + 1)]
-    first = min(max(how.init_alpha, how.alpha_min), how.alpha_max)
-    return list(dict.fromkeys([first, *grid, how.alpha_max]))
+    count = math.floor((high - low) / step + 1e-9)
+    grid = [round(low + i * step, 6) for i in range(count + 1)]
+    return list(dict.fromkeys([min(max(first, low), high), *grid, high]))
 
 
 @dataclass
@@ -59,15 +56,15 @@ class Choice:
 
     alpha: float | None
     error: float
-    tried: dict[Any, float]
+    tried: dict[float | None, float]
 
 
-def search(how: Smoothing, error: Callable[[float | None], float]) -> Choice:
+def search(error: Callable[[float | None], float], first: float, low: float, high: float, step: float) -> Choice:
     """The alpha with the least error: of the grid, then between the best and its neighbours, at half the step twice.
 
     Args:
-        how: The options.
         error: Of an alpha; of None, if nothing is scaled.
+        first, low, high, step: Of the grid.
     """
     tried: dict[float | None, float] = {}
 
@@ -75,14 +72,13 @@ def search(how: Smoothing, error: Callable[[float | None], float]) -> Choice:
         if alpha not in tried:
             tried[alpha] = error(alpha)
 
-    for alpha in candidates(how):
+    for alpha in candidates(first, low, high, step):
         ask(alpha)
     best = min(tried, key=tried.__getitem__)
-    step = how.alpha_step
     for _ in range(_REFINEMENTS):
         step /= 2
         for alpha in (best - step, best + step):  # type: ignore[operator]
-            if how.alpha_min <= alpha <= how.alpha_max:
+            if low <= alpha <= high:
                 ask(round(alpha, 6))
         best = min(tried, key=tried.__getitem__)
     ask(None)

@@ -205,16 +205,15 @@ def test_scales() -> None:
 
 
 def test_the_search_refines_between_the_points_of_its_grid() -> None:
-    found = search(AUTO, lambda a: 1.0 if a is None else (a - 0.77) ** 2)
+    found = search(lambda a: 1.0 if a is None else (a - 0.77) ** 2, *AUTO.grid)
     assert found.alpha == pytest.approx(0.775) and None in found.tried
-    assert search(AUTO, lambda a: 0.0 if a is None else 1.0).alpha is None
-    assert search(AUTO, lambda a: 1.0).alpha == AUTO.init_alpha  # of equal ones the first
+    assert search(lambda a: 0.0 if a is None else 1.0, *AUTO.grid).alpha is None
+    assert search(lambda a: 1.0, *AUTO.grid).alpha == AUTO.init_alpha  # of equal ones the first
 
 
 def test_the_grid() -> None:
-    assert candidates(Smoothing(alpha="auto", alpha_min=0.2, alpha_max=0.45, alpha_step=0.1, init_alpha=0.9)) == [
-        0.45, 0.2, 0.3, 0.4
-    ]  # fmt: skip
+    assert candidates(0.9, 0.2, 0.45, 0.1) == [0.45, 0.2, 0.3, 0.4]
+    assert candidates(0.5, 0.0, 1.0, 0.1) == [0.5, *(i / 10 for i in range(11) if i != 5)]
 
 
 @pytest.mark.parametrize(
