@@ -105,6 +105,13 @@ def test_some_layers_only() -> None:
     assert [line.layers for line in q.report.smoothing] == [("down",)] and q.report.count("linear") == 3
 
 
+def test_float_is_float() -> None:
+    q = done(StaticQuantConfig() + SmoothQuantConfig(w_dtype="fp32"))
+    assert not q.report.smoothing and q.report.method == "static_quant"
+    q = done(StaticQuantConfig().set_local("down", SmoothQuantConfig(w_dtype="fp32")))
+    assert "down" in {line.module for line in q.report.floats}
+
+
 def test_of_layers_that_read_one_value_some_are_smoothed() -> None:
     q = done(StaticQuantConfig() + SmoothQuantConfig(white_list=["up"]))
     (line,) = q.report.smoothing
