@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from inc_graph.calibrate import Observer
 from inc_graph.gram import GramObserver
-from inc_graph.graph import get_tensor, mutated_attrs
+from inc_graph.graph import get_tensor, mutated_attrs, written_args
 from inc_graph.input_mean import MeanObserver
 
 __all__ = ["rerun"]
@@ -33,7 +33,7 @@ def rerun(gm: fx.GraphModule, calls: Sequence[Sequence[Any]], *, ranges_only: bo
     for module in gm.modules():
         if isinstance(module, Observer | MeanObserver | GramObserver):
             module.enabled = module not in deaf
-    runner = fx.Interpreter(gm)
+    runner = _Runner(gm)
     try:
         with torch.no_grad():
             for call in calls:
@@ -43,3 +43,19 @@ def rerun(gm: fx.GraphModule, calls: Sequence[Sequence[Any]], *, ranges_only: bo
             module.enabled = True
         for name, value in buffers.items():
             get_tensor(gm, name).copy_(value)
+
+
+class _Runner(fx.Interpreter):
+    """Computes what observers look at, and what is written to buffers; not the output head of a language model."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        todo = [n for n in gm.graph.nodes if n.op == "call_module" or written_args(n)]
+        self.needed = set(todo)
+        while todo:
+            new = [n for n in todo.pop().all_input_nodes if n not in self.needed]
+            self.needed.update(new)
+            todo += new
+
+    def run_node(self, n: fx.Node) -> Any:
+        return super().run_node(n) if n in self.needed or n.op == "placeholder" else None
