@@ -183,6 +183,12 @@ def test_layer_by_layer_nothing_is_folded() -> None:
     assert error(q) == pytest.approx(error(plain), rel=0.2)
 
 
+@pytest.mark.parametrize("other", OTHERS[:2], ids=lambda c: c.name)
+def test_composed_layer_by_layer(other: Any) -> None:
+    q = quantize(model(), SmoothQuantConfig(alpha=0.6) + other, run)
+    assert error(q) < 0.02 and {line.by for line in q.report.smoothing} == {"multiplied"}
+
+
 def test_convolutions_layer_by_layer() -> None:
     torch.manual_seed(0)
     conv = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
