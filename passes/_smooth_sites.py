@@ -136,6 +136,8 @@ def grouped(gm: fx.GraphModule, sites: Iterable[Site]) -> list[Group]:
         plan = producers.plan(site.value, {n: input_index(n, site.axis, site.channels) for n in site.layers})
         if isinstance(plan, Plan) and isinstance(same := classes(plan.ties, site.channels), str):
             plan = same
+        if isinstance(plan, Plan) and plan.ties and site.channels > 1 and not isinstance(same, str) and not same.any():
+            plan = "all channels would need one scale"
         if isinstance(plan, Plan):
             site.plan, site.done = plan, "absorbed"
             split.append(site)

@@ -77,7 +77,7 @@ REFUSED = {
     "gated by itself": (lambda x: x * x.sigmoid().relu(), "is read by|does not commute"),
     "padded": (lambda x: F.pad(x, (0, 0, 1, 0), value=1.0), "pads"),
     "clamped": (lambda x: x.clamp(min=-1), "cuts off"),
-    "mean over channels": (lambda x: x - x.mean(-1, keepdim=True), "goes over channels|is read by"),
+    "mean over channels": (lambda x: x - x.mean(-1, keepdim=True), "all channels would need one scale"),
     "no weight": (lambda x: F.layer_norm(x, (8,)), "has no weight that could take the scale"),
 }  # fmt: skip
 
