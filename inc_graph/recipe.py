@@ -27,7 +27,7 @@ from inc_graph.spec import QSpec
 
 __all__ = [
     "KINDS", "Claim", "OpQuant", "Recipe", "Where", "WhereRule", "claims", "decide", "get_recipe", "in_vain",
-    "names_of_type", "operator_name", "set_recipe",
+    "names_of_type", "operator_name", "set_recipe", "smoothing_of",
 ]  # fmt: skip
 
 KINDS = ("all", "type", "implied", "predicate", "name")  # from the least to the most specific
@@ -107,6 +107,8 @@ class OpQuant:
         act_algorithm: Range estimator of the activations, `name` or `name{option=value}`.
         weight_algorithm: Range estimator of the weight.
         bias_correction: Correct the bias for the mean error of the quantized weight.
+        smooth: How the input is smoothed, `smooth{alpha=0.5}`; None: not. Another config of a composition may quantize
+            the operator: it is smoothed all the same.
     """
 
     activation: QSpec | None = None
@@ -114,19 +116,24 @@ class OpQuant:
     act_algorithm: str = "minmax"
     weight_algorithm: str = "minmax"
     bias_correction: bool = False
+    smooth: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        found = {
             "activation": self.activation and self.activation.to_json(),
             "weight": self.weight and self.weight.to_json(),
             "act_algorithm": self.act_algorithm,
             "weight_algorithm": self.weight_algorithm,
             "bias_correction": self.bias_correction,
         }
+        return found if self.smooth is None else {**found, "smooth": self.smooth}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OpQuant:
+        if isinstance(data, Mapping):
+            data = {"smooth": None, **data}  # recipes had no smoothing at first
         _same_keys(data, cls)
+        _need(data["smooth"] is None or isinstance(data["smooth"], str), cls, "smooth", data["smooth"])
         for key in ("act_algorithm", "weight_algorithm"):
             _need(isinstance(data[key], str), cls, key, data[key])
         _need(isinstance(data["bias_correction"], bool), cls, "bias_correction", data["bias_correction"])
@@ -294,6 +301,13 @@ def decide(rules: Sequence[_Rule], op: Named) -> int | None:
     return lists[-1] if lists else None
 
 
+def smoothing_of(recipe: Recipe, op: Named) -> str | None:
+    """How an operator is smoothed, whoever quantizes it; None: not. A config that leaves it float smooths nothing."""
+    found = [c for c in claims(recipe.rules, op) if (what := recipe.rules[c.rule].what) and what.smooth]
+    what = recipe.rules[max(found).rule].what if found else None
+    return None if what is None else what.smooth
+
+
 def in_vain(rules: Sequence[WhereRule], operators: Sequence[Named]) -> tuple[list[str], list[str]]:
     """Messages for a user: (local settings that another one of the same config always beats, operators that two configs
     claim). Rules that lose to what says the same are not meant, nor what one config leaves to another's "everything".
@@ -314,7 +328,7 @@ def in_vain(rules: Sequence[WhereRule], operators: Sequence[Named]) -> tuple[lis
         for lost in found:
             first = max(found)
             said = FITS[lost.fit] not in ("all", "implied") or (lost.fit == first.fit and FITS[lost.fit] == "all")
-            if said and lost is not first and rules[lost.rule].what != rules[first.rule].what:
+            if said and lost is not first and not _agree(rules[lost.rule].what, rules[first.rule].what):
                 twice.setdefault((lost.rule, first.rule), {})[op.name] = None
     dead = [f"{_said(rules[i])} never counts: {_said(rules[j])} beats it" for i, j in beaten.items() if i not in won]
     both = []
@@ -323,6 +337,11 @@ def in_vain(rules: Sequence[WhereRule], operators: Sequence[Named]) -> tuple[lis
         a, b = (f"{_said(rules[i])} of config {config[i]}" for i in pair)
         both.append(f"two configs claim {shown}: {b} wins over {a}")
     return dead, both
+
+
+def _agree(lost: OpQuant | None, won: OpQuant | None) -> bool:
+    """Whether nobody loses anything: both say the same, or the one that loses smooths what the other quantizes."""
+    return lost == won or (lost is not None and lost.smooth is not None)
 
 
 def _said(rule: WhereRule) -> str:

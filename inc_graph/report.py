@@ -22,6 +22,7 @@ from torch import fx, nn
 from inc_graph.errors import ConfigError
 from inc_graph.graph import get_attr, module_path, peek_meta
 from inc_graph.oppattern import pattern_of
+from inc_graph.smooth_report import Smoothed
 from inc_graph.tables import printed
 from inc_graph.weight_report import WeightLine, Weights
 
@@ -51,6 +52,7 @@ class Report:
         timings: (pass, seconds).
         weights: What became of each weight that a weight algorithm has quantized; print it.
         recipe: For every operator which rule gave it which method (`quantization.decisions`); print it.
+        smoothing: What smoothing did to each input of layers; print it.
     """
 
     method: str = ""
@@ -66,6 +68,7 @@ class Report:
 
     def __post_init__(self) -> None:
         self.recipe: Any = None  # read from the graph, which is saved: no field, so no part of the saved report
+        self.smoothing = Smoothed()  # so is this
 
     @property
     def quantized(self) -> list[OpLine]:
@@ -122,6 +125,9 @@ class Report:
         if errors := sorted((x.error, x.name) for x in self.weights if x.error is not None):
             mean, (worst, name) = sum(e for e, _ in errors) / len(errors), errors[-1]
             table.add_row("error", f"{mean:.4f}", f"mean of {len(errors)} weights, at most {worst:.4f} ({name})")
+        if self.smoothing:
+            parts = [f"{n} {by}" for by in ("absorbed", "multiplied", "left") if (n := self.smoothing.count(by))]
+            table.add_row("smoothed", str(len(self.smoothing)), f"inputs of layers: {', '.join(parts)}")
         table.add_row("bytes", f"{self.bytes_after:,}", f"{share} of {self.bytes_before:,}")
         return Group(table, *(f"note: {n}" for n in self.notes))
 

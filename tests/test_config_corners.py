@@ -119,8 +119,7 @@ def test_local_settings_of_local_settings_are_refused(where: str) -> None:
 @pytest.mark.parametrize(
     "leaves",
     [
-        c.MixedPrecisionConfig(dtype="fp32"), c.SmoothQuantConfig(w_dtype="fp32"), c.DynamicQuantConfig(w_dtype="fp32"),
-        c.AWQConfig(dtype="fp32"),
+        c.MixedPrecisionConfig(dtype="fp32"), c.DynamicQuantConfig(w_dtype="fp32"), c.AWQConfig(dtype="fp32"),
     ],
     ids=lambda config: config.name,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from inc_graph.batches import one_batch_a_call
 from inc_graph.calibrate import Observer
 from inc_graph.capture import capture, own_mutated
+from inc_graph.channel_stats import ChannelObserver
 from inc_graph.common.mode import Mode
 from inc_graph.errors import CaptureError, ConfigError, IncWarning
 from inc_graph.export import check_model, example_call, export, refuse_quantized, unwrap
@@ -373,5 +374,5 @@ def finalize_calibration(model: nn.Module) -> None:
         if observer.elements or not module_scope.is_prepared(model):
             observer.calculate_qparams()
     for module in model.modules():
-        if isinstance(module, Observer | MeanObserver | GramObserver):
+        if isinstance(module, Observer | MeanObserver | GramObserver | ChannelObserver):
             module.enabled = False

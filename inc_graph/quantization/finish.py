@@ -11,6 +11,7 @@ from torch import fx, nn
 from inc_graph.batches import no_batches
 from inc_graph.calibrate import Observer
 from inc_graph.capture import own_mutated
+from inc_graph.channel_stats import ChannelObserver
 from inc_graph.errors import CalibrationError, IncWarning
 from inc_graph.gram import GramObserver
 from inc_graph.graph import clone, get_tensor, mutated_attrs
@@ -19,6 +20,7 @@ from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.graph_in_sequence import IN_FLOAT, begin, layers_in
 from inc_graph.quantization.kept_calls import forget_calls, kept_calls
 from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.smoothing import smooth_first
 from inc_graph.quantization.tied import tied_in_graph
 from inc_graph.recipe import get_recipe
 from inc_graph.registry import BACKENDS
@@ -32,9 +34,9 @@ __all__ = ["assemble", "finish", "lower", "no_data", "observers_of", "remember_b
 INITIAL = "inc_initial"
 
 
-def observers_of(model: nn.Module) -> list[Observer | GramObserver]:
+def observers_of(model: nn.Module) -> list[Observer | GramObserver | ChannelObserver]:
     """The observers in a prepared model, each of which has to see data."""
-    return [m for m in model.modules() if isinstance(m, Observer | GramObserver)]
+    return [m for m in model.modules() if isinstance(m, Observer | GramObserver | ChannelObserver)]
 
 
 def no_data() -> CalibrationError:
@@ -78,12 +80,12 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
     pipeline = Pipeline.parse(recipe.convert)
     total = len(pipeline.passes) + 1 + (layers_in(observed) if waiting else 0)
     with progress("convert", total, show) as step:
-        fresh = _fresh(observed)
-        sequence = begin(fresh, kept, step)
-        result = pipeline.run(fresh, on_pass=step, recompile=False)  # the Q-DQ graph itself does not run
+        smoothed = smooth_first(_fresh(observed), pipeline, kept, step)
+        sequence = begin(smoothed.graph, smoothed.kept, step)
+        result = smoothed.left.run(smoothed.graph, on_pass=step, recompile=False)  # the Q-DQ graph does not run
         step(f"lower to {name}")
         facts = observed.meta["inc"]
-        timings = [*map(tuple, facts.get("timings", [])), *result.timings]
+        timings = [*map(tuple, facts.get("timings", [])), *smoothed.timings, *result.timings]
         reason = sequence if isinstance(sequence, str) else ""
         if isinstance(sequence, InSequence):
             timings.append(("calibrate", sequence.seconds))  # a part of what the passes took

@@ -7,6 +7,9 @@ share the tensors, which nobody writes to.
 
 Where calls cannot be computed side by side, or their arguments hold too much, layers see their inputs in the float
 model, as the data runs; the report says why.
+
+A graph that is smoothed keeps its calls as well, and computes them too: channel observers watch now, and the calls run
+once more through the smoothed graph. Of calls that hold too much the first are kept.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
+from inc_graph.channel_stats import ChannelObserver
 from inc_graph.errors import CalibrationError, IncWarning
 from inc_graph.gram import GramObserver
 from inc_graph.graph import get_attr
@@ -41,14 +45,17 @@ class KeptCalls:
     Args:
         instead: Makes what a call gives that computes nothing; None: calls compute.
         reason: Why layers see their inputs in the float model after all; no calls are kept then.
+        again: The calls are kept to be run once more; all observers look at them now, too.
 
     Attributes:
         calls: Their tensors are copies: whoever calls may use the memory again.
         bytes: Of all these tensors.
+        left_out: Calls that were not kept, since those before them hold too much. Only with `again`.
     """
 
-    def __init__(self, instead: Callable[[], Any] | None, reason: str) -> None:
-        self.instead, self.reason = instead, reason
+    def __init__(self, instead: Callable[[], Any] | None, reason: str, again: bool = False) -> None:
+        self.instead, self.reason, self.again = instead, reason, again
+        self.left_out = 0
         self.calls: list[Call] = []
         self.bytes = 0
 
@@ -63,8 +70,8 @@ class KeptCalls:
         self.bytes -= _nbytes(self.calls.pop())
 
     def __copy__(self) -> KeptCalls:
-        new = KeptCalls(self.instead, self.reason)
-        new.calls, new.bytes = list(self.calls), self.bytes
+        new = KeptCalls(self.instead, self.reason, self.again)
+        new.calls, new.bytes, new.left_out = list(self.calls), self.bytes, self.left_out
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptCalls:
@@ -78,10 +85,13 @@ def _nbytes(tree: Any) -> int:
 def keep_calls(gm: fx.GraphModule, instead: Callable[[], Any]) -> None:
     """Let the calls of a prepared graph be kept, if one of its layers needs its inputs. `instead`: see `KeptCalls`."""
     grams = _grams(gm)
-    if not grams:
+    if any(isinstance(m, ChannelObserver) for m in gm.modules()):
+        kept = gm.meta[_MARK] = KeptCalls(None, "", again=True)
+    elif grams:
+        observing = {get_attr(gm, str(n.target)) for n in gm.graph.find_nodes(op="call_module")}
+        kept = gm.meta[_MARK] = KeptCalls(instead if observing <= set(grams) else None, why_not(gm))
+    else:
         return
-    observing = {get_attr(gm, str(n.target)) for n in gm.graph.find_nodes(op="call_module")}
-    kept = gm.meta[_MARK] = KeptCalls(instead if observing <= set(grams) else None, why_not(gm))
     if not kept.reason:
         _install(gm)
         gm._register_deepcopy_hook(_install)  # the code of a deep copy is generated anew
@@ -153,7 +163,8 @@ def _install(gm: fx.GraphModule) -> None:
 def _called(
     gm: fx.GraphModule, kept: KeptCalls, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    watching = [o for o in _grams(gm) if o.enabled]
+    kinds = ChannelObserver if kept.again else GramObserver
+    watching = [m for m in gm.modules() if isinstance(m, kinds) and m.enabled]
     names = list(gm.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
     if not watching or sorted([*names[: len(args)], *kwargs]) != sorted(names) or len(args) > len(names):
         return own(gm, *args, **kwargs)  # which says what is wrong with the arguments
@@ -164,19 +175,31 @@ def _called(
     kept.add(args, kwargs)
     try:
         if kept.bytes > LIMIT:
-            _give_up(gm, kept)
+            _no_more(kept) if kept.again else _give_up(gm, kept)
+        if kept.again:
+            return own(gm, *args, **kwargs)
         if kept.instead is not None:
             return kept.instead()
         for observer in watching:
             observer.enabled = False
         return own(gm, *args, **kwargs)
     except BaseException:  # a call counts whole or not at all
-        if kept.calls:
+        if kept.calls and not kept.left_out:
             kept.take_back()
         raise
     finally:
         for observer in watching:
             observer.enabled = True
+
+
+def _no_more(kept: KeptCalls) -> None:
+    """The last call is not kept, as those before it hold what is allowed."""
+    kept.take_back()
+    kept.left_out += 1
+    if kept.left_out == 1:
+        text = f"ranges behind smoothed inputs will be those of the first {len(kept.calls)} calibration calls"
+        why = f"their arguments take {kept.bytes / 2**30:.1f} GiB, and {LIMIT / 2**30:.1f} GiB are kept"
+        warnings.warn(f"{text}: {why}", IncWarning, stacklevel=7)
 
 
 def _give_up(gm: fx.GraphModule, kept: KeptCalls) -> None:

@@ -20,6 +20,7 @@ from inc_graph.quantization.pickling import NotPickled
 from inc_graph.quantization.saved import destination, device_of, save_graph
 from inc_graph.quantization.state import load_tensors
 from inc_graph.report import Report, attribute_bytes
+from inc_graph.smooth_report import smooth_lines
 from inc_graph.utils.device import choose_backend
 
 __all__ = ["QuantizedModel", "all_or_nothing"]
@@ -62,6 +63,7 @@ class QuantizedModel(nn.Module):
         self.report = report
         if "recipe" in qdq.meta.get("inc", {}):
             report.recipe = decisions_of(qdq)
+        report.smoothing = smooth_lines(qdq)
         self.backend = report.backend
         self._packed = packed
         for name in packed:

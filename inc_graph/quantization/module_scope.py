@@ -266,6 +266,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
             report.recipe = lines if report.recipe is None else report.recipe + lines
             report.reference += part.report.reference
             report.weights += part.report.weights
+            report.smoothing += part.report.smoothing
             for name, seconds in part.report.timings:
                 timings[name] += seconds  # type: ignore[assignment]
     report.notes += share_codes(tied, new)

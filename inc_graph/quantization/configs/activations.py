@@ -22,6 +22,7 @@ from inc_graph.spec import PerChannel, PerTensor, QSpec
 
 __all__ = [
     "EXCLUDED", "INT8", "SEVEN_BITS", "INT8StaticQuantConfig", "Int8Config", "StaticQuantConfig", "needs_reduce_range",
+    "static_int8",
 ]  # fmt: skip
 
 SEVEN_BITS = {"int8": "int7", "uint8": "uint7"}
@@ -171,17 +172,7 @@ class INT8StaticQuantConfig(StaticQuantConfig, Int8Config):
         return not alone or any(c.needs_calibration for c in self._local.values())
 
     def op_quant(self) -> OpQuant | None:
-        if self.w_dtype == "fp32":
-            return None
-        reduce = needs_reduce_range() if self.reduce_range is None else self.reduce_range
-        w_type = SEVEN_BITS.get(self.w_dtype, self.w_dtype) if reduce else self.w_dtype
-        granularity = PerChannel(0) if self.w_granularity == "per_channel" else PerTensor()
-        weight = QSpec(w_type, "symmetric" if self.w_sym else "asymmetric", granularity)
-        activation = None
-        if self.act_dtype != "fp32":
-            a_type = SEVEN_BITS.get(self.act_dtype, self.act_dtype) if reduce else self.act_dtype
-            activation = QSpec(a_type, "symmetric" if self.act_sym else "asymmetric", PerTensor())
-        return OpQuant(activation, weight, self.act_algo, self.w_algo, self.bias_correction)
+        return None if self.w_dtype == "fp32" else static_int8(self, self.bias_correction, self.reduce_range)
 
     def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
         return Recipe(
@@ -192,6 +183,19 @@ class INT8StaticQuantConfig(StaticQuantConfig, Int8Config):
             supported=supported,
             backend=backend,
         )
+
+
+def static_int8(config: Any, bias_correction: bool, reduce_range: bool | None = None) -> OpQuant:
+    """What the fields of `INT8` mean for one operator, with ranges known before the model runs."""
+    reduce = needs_reduce_range() if reduce_range is None else reduce_range
+    w_type = SEVEN_BITS.get(config.w_dtype, config.w_dtype) if reduce else config.w_dtype
+    granularity = PerChannel(0) if config.w_granularity == "per_channel" else PerTensor()
+    weight = QSpec(w_type, "symmetric" if config.w_sym else "asymmetric", granularity)
+    activation = None
+    if config.act_dtype != "fp32":
+        a_type = SEVEN_BITS.get(config.act_dtype, config.act_dtype) if reduce else config.act_dtype
+        activation = QSpec(a_type, "symmetric" if config.act_sym else "asymmetric", PerTensor())
+    return OpQuant(activation, weight, config.act_algo, config.w_algo, bias_correction)
 
 
 def needs_reduce_range() -> bool:

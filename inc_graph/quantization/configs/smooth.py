@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from inc_graph.errors import ConfigError
 from inc_graph.quantization.base_config import register_config
-from inc_graph.quantization.configs.activations import EXCLUDED, INT8, Int8Config
+from inc_graph.quantization.configs.activations import EXCLUDED, INT8, Int8Config, static_int8
 from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_number, either
+from inc_graph.recipe import OpQuant, Recipe
+from inc_graph.smoothing import Smoothing
 
 __all__ = ["SmoothQuantConfig"]
 
@@ -35,6 +38,7 @@ class SmoothQuantConfig(Int8Config):
         "auto_alpha_args": Field(None, either(a_choice(None), a_dict(*_ALPHA, "n_samples")),
                                  "The options of the search together; None: those above."),
     }  # fmt: skip
+    priority = -1  # what another config of a composition claims is that one's to quantize, and smoothed all the same
     auto_alpha_args: Any
     tuning: ClassVar[dict[str, list[Any]]] = {
         "alpha": [round(0.1 * i, 1) for i in range(1, 10)],
@@ -55,3 +59,23 @@ class SmoothQuantConfig(Int8Config):
         low, high = (v if isinstance(v, list) else [v] for v in (self.alpha_min, self.alpha_max))
         if max(low) > min(high):
             raise ConfigError(f"SmoothQuantConfig.alpha_min {max(low)} is above alpha_max {min(high)}")
+
+    def _smoothing(self) -> Smoothing:
+        """What the fields say of smoothing; `auto_alpha_args` counts more than the fields of the same names."""
+        search = {**{name: getattr(self, name) for name in _ALPHA}, **self.auto_alpha_args}
+        return Smoothing(self.alpha, self.folding, self.scale_sharing, **search)
+
+    def op_quant(self) -> OpQuant | None:
+        if self.leaves_float():
+            return None
+        return replace(static_int8(self, bias_correction=True), smooth=str(self._smoothing()))
+
+    def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
+        return Recipe(
+            self.name,
+            self.rules(),
+            prepare="fold-constants,canonicalize,fold-conv-bn,annotate,insert-observers,watch-channels",
+            convert="smooth-quant,correct-bias,convert-qdq",
+            supported=supported,
+            backend=backend,
+        )

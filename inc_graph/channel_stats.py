@@ -1,0 +1,175 @@
+"""What is collected of the input of layers, channel by channel: what smoothing needs of the calibration data."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from inc_graph.batches import Batch
+from inc_graph.errors import CalibrationError
+
+__all__ = ["CALLS", "ROWS", "ChannelObserver", "Recalls", "channels_last"]
+
+CALLS = "inc_recalls"
+"""Key of the `meta` of an observed graph under which `smooth-quant` finds `Recalls`, and takes them out."""
+
+ROWS = 512
+"""Rows of a linear layer's input that are kept to judge candidates on, taken evenly from all that are offered."""
+
+_ELEMENTS = 1 << 20  # of the maps that are kept for a convolution
+
+
+class _Half(NamedTuple):
+    """What one half of the data brought. Nothing in it is changed in place."""
+
+    low: Tensor | None = None
+    high: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
+    every: int = 1  # each so many-th row is kept
+    offered: int = 0
+
+
+class _Seen(NamedTuple):
+    halves: tuple[_Half, _Half] = (_Half(), _Half())
+    samples: int = 0
+    calls: int = 0
+    elements: int = 0
+
+
+class Recalls(NamedTuple):
+    """Calibration calls that can be run again: a value for each placeholder. `grams`: collect outer products too."""
+
+    calls: list[list[Any]]
+    grams: bool = True
+
+
+def channels_last(x: Tensor, axis: int) -> Tensor:
+    """`x` as rows [n, channels] of dimension `axis`."""
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+
+
+class ChannelObserver(nn.Module):
+    """Identity that collects the least and the greatest value of each channel, and keeps some of the data.
+
+    It does so for two halves of the data, so that what is chosen on one can be judged on the other: of each call the
+    first and the second half of its samples; calls with one sample in turns.
+
+    Args:
+        axis: The channels' dimension: -1 for linear layers, 1 for convolutions.
+        samples: Entries of the first dimension of what calls bring that are offered to be kept; 0 keeps nothing.
+        node, module: Of the layer, for messages.
+
+    Attributes:
+        enabled: False makes it a bare identity.
+    """
+
+    def __init__(self, axis: int, samples: int, node: str = "", module: str = "") -> None:
+        super().__init__()
+        self.axis, self.samples, self.node, self.module_path = axis, samples, node, module
+        self.enabled = True
+        self.batch: Batch | None = None
+        self.seen = _Seen()
+
+    @property
+    def elements(self) -> int:
+        """Numbers that were taken in."""
+        return self.seen.elements
+
+    def reset(self) -> None:
+        """Forget all data."""
+        self.seen = _Seen()
+
+    def snapshot(self) -> _Seen:
+        """What was collected; nothing is copied, as nothing is changed in place."""
+        return self.seen
+
+    def restore(self, state: _Seen) -> None:
+        """Back to a snapshot."""
+        self.seen = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself. CalibrationError on NaN, infinity, or another number of channels than before."""
+        if self.enabled and not (isinstance(x, FakeTensor) or x.is_meta) and x.numel():
+            with torch.inference_mode(False), torch.no_grad():
+                self._take(x.detach())
+        return x
+
+    def _take(self, x: Tensor) -> None:
+        if self.batch is not None:
+            self.batch.note(self)
+        seen, halves = self.seen, list(self.seen.halves)
+        x = x if x.ndim > 1 else x[None]
+        taken = x[: max(self.samples - seen.samples, 0)]
+        if len(x) == 1:
+            halves[seen.calls % 2] = self._half(halves[seen.calls % 2], x, taken)
+        else:
+            cut = len(x) // 2
+            halves = [self._half(halves[0], x[:cut], taken[:cut]), self._half(halves[1], x[cut:], taken[cut:])]
+        self.seen = _Seen((halves[0], halves[1]), seen.samples + len(taken), seen.calls + 1, seen.elements + x.numel())
+
+    def _half(self, half: _Half, x: Tensor, offered: Tensor) -> _Half:
+        rows = channels_last(x, self.axis)
+        low, high = rows.amin(0).float(), rows.amax(0).float()  # a quarter of the time of aminmax
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            text = f"calibration batch {self.seen.calls + 1}: NaN or infinite values"
+            raise self._error(text, "check that batch, or keep this operator in float")
+        for other in self.seen.halves:
+            if other.low is not None and other.low.shape != low.shape:
+                raise self._error(f"the value had {len(other.low)} channels before and has {len(low)} now", None)
+        if half.low is not None and half.high is not None:
+            low, high = torch.minimum(half.low, low), torch.maximum(half.high, high)
+        half = half._replace(low=low, high=high)
+        return self._keep(half, offered) if len(offered) else half
+
+    def _keep(self, half: _Half, x: Tensor) -> _Half:
+        """Some of the rows: evenly taken, and so many as are allowed. Of a convolution whole maps are rows."""
+        rows = x.reshape(-1, x.shape[-1]) if self.axis == -1 else x
+        limit = max(1, min(ROWS // 2, _ELEMENTS // max(rows[0].numel(), 1)) if self.axis != -1 else ROWS // 2)
+        every, kept = half.every, half.kept
+        some = rows[-half.offered % every :: every].float()
+        kept = (*kept, some.clone()) if len(some) else kept
+        while sum(map(len, kept)) > limit:
+            sizes = {x.shape[1:] for x in kept}
+            kept, every = (torch.cat(kept)[::2].clone(),) if len(sizes) == 1 else kept[::2], every * 2
+            if len(sizes) > 1 and len(kept) == 1:
+                break
+        return half._replace(kept=kept, every=every, offered=half.offered + len(rows))
+
+    def ranges(self, half: int | None = None) -> tuple[Tensor, Tensor]:
+        """(least, greatest) value of each channel, of all data or one half: float32 [channels].
+
+        CalibrationError without data.
+        """
+        found = [h for i, h in enumerate(self.seen.halves) if half in (None, i) and h.low is not None]
+        if not found:
+            hint = "run calibration data through the prepared model before converting it"
+            raise self._error("saw no data", hint)
+        lows, highs = [h.low for h in found], [h.high for h in found]
+        return torch.stack(lows).amin(0), torch.stack(highs).amax(0)  # type: ignore[arg-type]
+
+    def kept(self, half: int | None = None) -> list[Tensor]:
+        """What was kept, of all data or one half: a tensor [rows, channels]; of a convolution [maps, channels, ...].
+
+        There are several if the maps differ in size, none if nothing was kept.
+        """
+        parts = [x for i, h in enumerate(self.seen.halves) if half in (None, i) for x in h.kept]
+        sizes = dict.fromkeys(x.shape[1:] for x in parts)
+        return [torch.cat([x for x in parts if x.shape[1:] == size]) for size in sizes]
+
+    @property
+    def two_halves(self) -> bool:
+        """Whether both halves brought data, and some of it was kept."""
+        return all(h.kept for h in self.seen.halves)
+
+    def calculate_qparams(self) -> Any:
+        """As `ranges`: what every observer has, to ask whether it has seen data."""
+        return self.ranges()
+
+    def _error(self, message: str, hint: str | None) -> CalibrationError:
+        return CalibrationError(message, node=self.node or None, module=self.module_path, hint=hint)
+
+    def extra_repr(self) -> str:
+        return f"{self.node!r}, axis={self.axis}, calls={self.seen.calls}"

@@ -1,0 +1,173 @@
+"""Who can take the scale of a value in: constants that, divided by it, give the value divided by it.
+
+From the value backwards, the last operator first: each one's inputs are scaled as `_channels.ways` says, until nothing
+but constants is left to scale. Where there are several ways (either factor of a product) they are tried one after the
+other. Whoever else reads a value on the way would see it scaled: then there is no way, unless it is a norm (or another
+product with a constant) that is cheap to compute twice, once scaled and once as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from inc_graph.graph import get_tensor, is_float, mutated_attrs
+from inc_graph.oppattern import pattern_of
+from inc_graph.passes._channels import Tie, Way, readers, ways
+
+__all__ = ["Edit", "Plan", "Producers", "classes"]
+
+_STEPS = 200  # operators that are looked at for one value, in all ways together
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """`reader` is to read `constant` divided by the scales of `index` (-1: by one), which broadcasts against it."""
+
+    constant: fx.Node
+    reader: fx.Node
+    index: Tensor
+
+
+@dataclass
+class Plan:
+    """How a value is scaled without an operator of its own.
+
+    Attributes:
+        edits: Constants that take the scale in.
+        ties: Channels that need one scale.
+        copies: Norms that are computed once more, and who of their readers reads the scaled result.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    copies: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+
+    def plus(self, ties: Iterable[Tie], edits: Iterable[Edit] = ()) -> Plan:
+        """A larger one; this one stays."""
+        return Plan([*self.edits, *edits], [*self.ties, *ties], dict(self.copies))
+
+    @property
+    def takers(self) -> list[fx.Node]:
+        """The operators that read the scaled constants."""
+        return list(dict.fromkeys(e.reader for e in self.edits))
+
+
+Demands = dict[fx.Node, dict[fx.Node, Tensor]]  # value -> its readers, and the index that each wants it scaled by
+
+
+class Producers:
+    """Who in a float graph can take scales in. The graph must not be changed while it is asked."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.mutated, self.steps = gm, mutated_attrs(gm), 0
+
+    def plan(self, value: fx.Node, wanted: dict[fx.Node, Tensor]) -> Plan | str:
+        """A plan to scale `value` for some of its readers, or why there is none.
+
+        Args:
+            value: What the readers read.
+            wanted: Reader -> index of the same channels, see `_channels`.
+        """
+        self.steps = 0
+        return self._go({value: wanted}, Plan())
+
+    def _go(self, demands: Demands, plan: Plan) -> Plan | str:
+        if not demands:
+            return plan
+        self.steps += 1
+        if self.steps > _STEPS:
+            return "what it depends on was followed too far"
+        node = max(demands)
+        left = {k: v for k, v in demands.items() if k is not node}
+        wanted = demands[node]
+        if node.op == "get_attr":
+            return self._constant(node, wanted, left, plan)
+        index, ties = _merged(list(wanted.values()))
+        others = [r for r, at in readers(node) if r not in wanted and not _apart(index, at)]
+        if node.op != "call_function":
+            return f"{node.name} is an input of the model"
+        found = ways(node, index)
+        if isinstance(found, str):
+            return found
+        if others:
+            found = [w for w in found if _cheap(node, w)]
+            if not found:
+                return f"{node.name} is {_read_by(others[0])} too"
+        failure = ""
+        for way in found:
+            new = {k: dict(v) for k, v in left.items()}
+            bad = next((v for v, _ in way.inputs if not is_float(v)), None)
+            for source, inner in way.inputs:
+                new.setdefault(source, {})[node] = inner
+            larger = plan.plus([*ties, *way.ties])
+            if others:
+                larger.copies[node] = list(wanted)
+            result = self._go(new, larger) if bad is None else f"{bad.name} is not floating point"
+            if isinstance(result, Plan):
+                return result
+            failure = failure or result
+        return failure
+
+    def _constant(self, node: fx.Node, wanted: dict[fx.Node, Tensor], left: Demands, plan: Plan) -> Plan | str:
+        if node.target in self.mutated:
+            return f"{node.target} is a buffer that the model writes to"
+        tensor = get_tensor(self.gm, node)
+        if tensor.is_meta or not tensor.is_floating_point():
+            return f"{node.target} has no values"
+        return self._go(left, plan.plus((), [Edit(node, reader, index) for reader, index in wanted.items()]))
+
+
+def _merged(indices: list[Tensor]) -> tuple[Tensor, list[Tie]]:
+    """One index for all who want a value scaled, and what has to be equal for that."""
+    found, ties = indices[0], []
+    for index in indices[1:]:
+        a, b = torch.broadcast_tensors(found, index)
+        both = (a >= 0) & (b >= 0)
+        ties += [(a[both], b[both])] if bool((a[both] != b[both]).any()) else []
+        found = torch.where(a >= 0, a, b)
+    return found, ties
+
+
+def _apart(index: Tensor, positions: Tensor | None) -> bool:
+    """Whether nothing that a reader reads is scaled."""
+    if positions is None:
+        return False
+    a, b = torch.broadcast_tensors(index, positions.expand([max(n, 1) for n in positions.shape]))
+    return bool((a[b] < 0).all())
+
+
+def _cheap(node: fx.Node, way: Way) -> bool:
+    """Whether it may be computed once more: what scales constants alone, and is no layer."""
+    pattern = pattern_of(node)
+    alone = all(v.op == "get_attr" for v, _ in way.inputs)
+    return alone and (pattern is None or pattern.weight is None)
+
+
+def _read_by(reader: fx.Node) -> str:
+    return "a result of the model" if reader.op == "output" else f"read by {reader.name}"
+
+
+def classes(ties: Iterable[Tie], channels: int) -> Tensor | str:
+    """int64 [channels]: equal numbers for channels that need one scale. A text if one would need the scale 1."""
+    pairs: list[tuple[Any, Any]] = []
+    for a, b in ties:
+        a, b = (t.flatten() for t in torch.broadcast_tensors(a, b))
+        if bool(((a < 0) != (b < 0)).any()):
+            return "channels are shared with what is not scaled"
+        pairs.append((a[a >= 0], b[b >= 0]))
+    found = torch.arange(channels)
+    while pairs:
+        before = found.clone()
+        for a, b in pairs:
+            least = torch.minimum(found[a], found[b])
+            found.scatter_reduce_(0, a, least, "amin")
+            found.scatter_reduce_(0, b, least, "amin")
+        found = found[found]
+        if torch.equal(found, before):
+            break
+    return found

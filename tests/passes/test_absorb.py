@@ -1,0 +1,226 @@
+"""Who takes a scale in: every pair of producer and layer is found, and where there is none, it is said why."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inc_graph.passes._absorb import classes
+from inc_graph.passes._bare import forget_decisions, remove_observers
+from inc_graph.passes._channels import _reshaped
+from inc_graph.passes._smooth_sites import find_sites, grouped
+from inc_graph.smooth_report import SmoothLine
+from inc_graph.smoothing import Smoothing
+from tests.smooth_models import Attention, Gated, Packed, RMSNorm, Written, outliers, plan, smoothed, watched
+
+X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)) * outliers(16)
+STRONG = Smoothing(alpha=0.7)
+
+
+class Chain(nn.Module):
+    """Layers in a row, with a function between the two."""
+
+    def __init__(self, between: Any, first: nn.Module | None = None, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.last, self.between = first or nn.Linear(16, 8), last or nn.Linear(8, 4), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+
+def lines(model: nn.Module, *args: Any, how: Smoothing = STRONG) -> dict[str, SmoothLine]:
+    """{path of a layer: its line}; the smoothed graph computes what the model does."""
+    torch.manual_seed(0)
+    gm = watched(model, *args, recipe=plan(how))
+    done, report = smoothed(gm, *args)
+    with torch.no_grad():
+        want, got = model(*args), done(*args)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    return {name: line for line in report for name in line.layers}
+
+
+def test_linear_to_linear() -> None:
+    found = lines(Chain(F.relu), X)
+    assert found["last"].by == "absorbed" and found["last"].takers == ("first",)
+    assert found["first"].by == "multiplied" and found["first"].detail == "x is an input of the model"
+
+
+COMMUTE = {
+    "relu": F.relu, "leaky relu": F.leaky_relu, "dropout": lambda x: F.dropout(x, 0.5, False), "neg": torch.neg,
+    "view": lambda x: x.reshape(10, 2, 4).transpose(0, 1).transpose(0, 1).reshape(2, 5, 8),
+    "times two": lambda x: 2 * x,
+    "double": lambda x: x.double().float(), "mean over rows": lambda x: x.mean(1), "rows": lambda x: x[:, 1:3],
+    "one row": lambda x: x[:, 0], "halved": lambda x: x / 2, "flat": lambda x: x.flatten(0, 1),
+    "stacked": lambda x: torch.cat([x, x.relu()], 1), "padded": lambda x: F.pad(x, (0, 0, 1, 0)),
+    "clamped at zero": lambda x: x.clamp(min=0), "other rows": lambda x: x.repeat(1, 2, 1),
+    "sum": lambda x: x + x.relu(),
+    "half of the channels twice": lambda x: torch.cat([x[..., :4], x[..., :4]], -1),
+    "expanded": lambda x: x[:, :1].expand(-1, 5, -1), "summed rows": lambda x: x.sum(1, keepdim=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMUTE)
+def test_what_commutes(name: str) -> None:
+    found = lines(Chain(COMMUTE[name]), X)["last"]
+    assert found.by == "absorbed" and found.takers == ("first",)
+
+
+REFUSED = {
+    "gelu": (F.gelu, "gelu .*does not commute"), "silu": (F.silu, "silu .*does not commute"),
+    "plus one": (lambda x: x + 1, "adds a number"), "relu6": (F.relu6, "does not commute|cuts off"),
+    "softmax": (lambda x: x.softmax(-1), "does not commute"), "square": (lambda x: x * x, "is a square"),
+    "gated by itself": (lambda x: x * x.sigmoid().relu(), "is read by|does not commute"),
+    "padded": (lambda x: F.pad(x, (0, 0, 1, 0), value=1.0), "pads"),
+    "clamped": (lambda x: x.clamp(min=-1), "cuts off"),
+    "mean over channels": (lambda x: x - x.mean(-1, keepdim=True), "all channels would need one scale"),
+    "no weight": (lambda x: F.layer_norm(x, (8,)), "has no weight that could take the scale"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not(name: str) -> None:
+    between, reason = REFUSED[name]
+    found = lines(Chain(between), X)["last"]
+    assert found.by == "multiplied"
+    assert re.search(reason, found.detail), found.detail
+    kept = lines(Chain(between), X, how=Smoothing(alpha=0.7, folding=True))["last"]
+    assert kept.by == "left" and kept.detail == found.detail and kept.alpha is None
+
+
+@pytest.mark.parametrize("kind", [Attention, Written, lambda: Attention(kv=4), lambda: Attention(kv=1)])
+def test_values_to_output_through_attention(kind: Any) -> None:
+    found = lines(kind(), X)
+    assert found["o"].by == "absorbed" and found["o"].takers == ("v",)
+    assert found["q"].layers == ("q",)  # each by its own scale, as nobody takes one in
+
+
+@pytest.mark.parametrize("how", ["chunk", "split", "slice", "heads"])
+def test_values_of_a_packed_layer(how: str) -> None:
+    found = lines(Packed(how), X)
+    assert found["o"].by == "absorbed" and found["o"].takers == ("qkv",)
+
+
+def test_rms_norm_and_up_to_down() -> None:
+    found = lines(Gated(), X[..., :8])
+    assert found["gate"].layers == ("gate", "up") and found["gate"].takers == ("norm",)
+    assert found["down"].takers == ("up",)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm(affine: bool) -> None:
+    norm = nn.LayerNorm(16, elementwise_affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    found = lines(Chain(lambda x: x, norm, nn.Linear(16, 4)), X)["last"]
+    assert found.by == ("absorbed" if affine else "multiplied")
+
+
+class Residual(nn.Module):
+    """A norm whose result goes on besides, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x + self.b(F.relu(self.a(x)))
+
+
+def test_a_norm_that_is_read_elsewhere_is_copied() -> None:
+    found = lines(Residual(), X)
+    assert found["a"].by == "absorbed" and found["a"].takers == ("norm",) and "layer_norm" in found["a"].detail
+    assert found["b"].takers == ("a",)
+
+
+def test_a_layer_that_is_read_elsewhere_is_not() -> None:
+    class Both(Chain):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.first(x)
+            return self.last(F.relu(x)).sum() + x
+
+    found = lines(Both(F.relu), X)["last"]
+    assert found.by == "multiplied" and found.detail == "linear is read by add too"
+
+
+def test_embeddings_and_sums_of_them() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places, self.fc = nn.Embedding(9, 8), nn.Embedding(5, 8), nn.Linear(8, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.fc(self.words(ids) + self.places(torch.arange(5)))
+
+    ids = torch.arange(10).view(2, 5) % 9
+    found = lines(Lookup(), ids)["fc"]
+    assert found.by == "absorbed" and set(found.takers) == {"words", "places"}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions(groups: int) -> None:
+    class Convs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8)
+            self.b, self.c = nn.Conv2d(8, 6, 3, padding=1, groups=groups), nn.ConvTranspose2d(6, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(F.max_pool2d(F.relu(self.b(self.norm(self.a(x)))), 2))
+
+    x = torch.randn(2, 4, 9, 9) * outliers(4).view(1, 4, 1, 1)
+    found = lines(Convs(), x)
+    assert (found["b"].takers, found["c"].takers) == (("norm",), ("b",))
+
+
+def test_sizes_that_are_not_known() -> None:
+    class Views(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x.view(-1, 16))
+            return self.last(y.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2).transpose(1, 2).flatten(2))
+
+    dims = {0: torch.export.Dim("b", min=2, max=9), 1: torch.export.Dim("n", min=2, max=9)}
+    gm = watched(Views(None), X, recipe=plan(), dynamic=({0: dims[0], 1: dims[1]},))
+    _, report = smoothed(gm, X)
+    assert [line.by for line in report] == ["multiplied", "absorbed"]
+
+
+def test_heads_that_are_repeated_share_their_scales() -> None:
+    model = Attention()
+    gm = watched(model, X)
+
+    sites = find_sites(gm)
+    remove_observers(gm), forget_decisions(gm)
+    (group,) = (
+        g for g in grouped(gm, sites) if g.sites[0].layers[0].meta["nn_module_stack"] and len(set(g.same.tolist())) < 16
+    )
+    want = torch.arange(16).view(4, 4)
+    want[1], want[3] = want[0].clone(), want[2].clone()  # heads 0 and 1 read the first values, 2 and 3 the others
+    assert torch.equal(group.same.view(4, 4), want)
+
+
+def test_classes_of_ties() -> None:
+    ties = [(torch.tensor([0, 1]), torch.tensor([2, 3])), (torch.tensor([3]), torch.tensor([4]))]
+    found = classes(ties, 6)
+    assert isinstance(found, Tensor) and found.tolist() == [0, 1, 0, 1, 1, 5]
+    assert isinstance(classes([(torch.tensor([0]), torch.tensor([-1]))], 2), str)
+
+
+def test_an_index_is_reshaped_as_the_value_is() -> None:
+    sizes = ([6, 4], [2, 3, 4], [3, 2, 2, 2], [24], [2, 12], [1, 6, 1, 4])
+    whole = torch.arange(24)
+    for inner in sizes:
+        for outer in sizes:
+            found = _reshaped(whole.view(outer), inner, outer)
+            assert found is not None and torch.equal(found.expand(inner).flatten(), whole)
+    assert _reshaped(torch.arange(4).view(1, 1, 4), [2, "s0", 4], [2, "s0", 4]) is not None
+    assert _reshaped(torch.arange(4).view(1, 4), ["s0 * 4"], ["s0", 4]) is None
+
+
+def test_rms_norm_alone_is_a_taker() -> None:
+    assert lines(Chain(lambda x: x, RMSNorm(16), nn.Linear(16, 4)), X)["last"].takers == ("first",)

@@ -1,0 +1,255 @@
+"""SmoothQuantConfig as a user meets it: alone, composed, layer by layer, saved and loaded; and what it refuses."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inc_graph.errors import CalibrationError, ConfigError, IncWarning
+from inc_graph.quantization import (
+    GPTQConfig,
+    RTNConfig,
+    SmoothQuantConfig,
+    StaticQuantConfig,
+    convert,
+    finalize_calibration,
+    load,
+    prepare,
+    quantize,
+    save,
+)
+from tests.smooth_models import Gated, outliers
+
+
+def data(batches: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 5, 8, generator=generator) for _ in range(batches)]
+
+
+def model() -> nn.Module:
+    """A norm that makes outliers, and layers with small weights for them, as trained models have."""
+    torch.manual_seed(0)
+    m = Gated().eval()
+    m.norm.weight.data = outliers(8, large=60)
+    for layer in (m.gate, m.up):
+        layer.weight.data /= m.norm.weight
+    return m
+
+
+@torch.no_grad()
+def error(q: nn.Module, m: nn.Module | None = None) -> float:
+    m = m or model()
+    want, got = torch.cat([m(x) for x in data()]), torch.cat([q(x) for x in data()])
+    return float((got - want).norm() / want.norm())
+
+
+def run(prepared: nn.Module) -> None:
+    with torch.no_grad():
+        for x in data():
+            prepared(x)
+
+
+def done(config: Any, m: nn.Module | None = None, **kwargs: Any) -> Any:
+    return quantize(m or model(), config, run, example_inputs=(data()[0],), **kwargs)
+
+
+def methods(q: Any) -> set[str]:
+    return {line.method for line in q.report.recipe.lines if line.op == "linear"}
+
+
+def test_alone() -> None:
+    plain = error(done(StaticQuantConfig()))
+    for config in (SmoothQuantConfig(), SmoothQuantConfig(alpha="auto"), SmoothQuantConfig(folding=True)):
+        q = done(config)
+        assert error(q) < 0.75 * plain
+        lines = q.report.smoothing
+        assert q.report.count("linear") == 3 and len(lines) == 2
+        assert lines[0].layers == ("gate", "up") and lines[0].by == "absorbed" and lines[0].takers == ("norm",)
+        assert lines[1].by == "absorbed" or config.alpha == "auto"  # which may find that scaling does not help
+    assert "inputs of layers: 2 absorbed" in str(q.report)
+    assert "norm" in str(q.report.smoothing)
+
+
+OTHERS = (
+    RTNConfig(bits=8, group_size=-1), GPTQConfig(bits=8, group_size=-1),
+    StaticQuantConfig(act_dtype="int8", act_sym=True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda c: c.name)
+def test_composed(other: Any) -> None:
+    for config in (SmoothQuantConfig(alpha=0.6) + other, other + SmoothQuantConfig(alpha=0.6)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", IncWarning)  # two configs claim nothing twice
+            q = done(config)
+        alone = done(other)
+        assert methods(q) == methods(alone)
+        assert {line.alpha for line in q.report.smoothing} == {0.6} and len(q.report.smoothing) == 2
+        assert error(q) < 0.1
+
+
+def test_static_after_smoothing_is_better() -> None:
+    other = StaticQuantConfig(act_dtype="int8", act_sym=True)
+    assert error(done(SmoothQuantConfig(alpha=0.7) + other)) < 0.75 * error(done(other))
+
+
+def test_some_layers_only() -> None:
+    config = SmoothQuantConfig(alpha=0.6).set_local("down", SmoothQuantConfig(alpha=0.9))
+    assert [line.alpha for line in done(config).report.smoothing] == [0.6, 0.9]
+    config = SmoothQuantConfig(alpha=0.6).set_local("down", SmoothQuantConfig(w_dtype="fp32"))
+    q = done(config)
+    assert len(q.report.smoothing) == 1 and q.report.count("linear") == 2
+    q = done(StaticQuantConfig() + SmoothQuantConfig(white_list=["down"]))
+    assert [line.layers for line in q.report.smoothing] == [("down",)] and q.report.count("linear") == 3
+
+
+def test_float_is_float() -> None:
+    q = done(StaticQuantConfig() + SmoothQuantConfig(w_dtype="fp32"))
+    assert not q.report.smoothing and q.report.method == "static_quant"
+    q = done(StaticQuantConfig().set_local("down", SmoothQuantConfig(w_dtype="fp32")))
+    assert "down" in {line.module for line in q.report.floats}
+
+
+def test_of_layers_that_read_one_value_some_are_smoothed() -> None:
+    q = done(StaticQuantConfig() + SmoothQuantConfig(white_list=["up"]))
+    (line,) = q.report.smoothing
+    assert line.layers == ("up",) and line.by == "absorbed" and "copy" in line.detail  # the norm is computed twice
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    q = done(SmoothQuantConfig(alpha="auto"))
+    save(q, str(tmp_path))
+    back = load(str(tmp_path))
+    assert back.report.smoothing == q.report.smoothing and str(back.recipe) == str(q.recipe)
+    assert torch.equal(back(data()[0]), q(data()[0]))
+
+
+def test_converted_twice_with_more_data() -> None:
+    prepared = prepare(model(), SmoothQuantConfig(), example_inputs=(data()[0],))
+    prepared(data()[0] * 0.1)
+    first = convert(prepared)
+    run(prepared)
+    finalize_calibration(prepared)
+    prepared(data()[0] * 1e6)  # not seen any more
+    second = convert(prepared)
+    assert error(second) < error(first) and error(second) == error(done_with_small())
+
+
+def done_with_small() -> Any:
+    def both(m: nn.Module) -> None:
+        m(data()[0] * 0.1)
+        run(m)
+
+    return quantize(model(), SmoothQuantConfig(), both, example_inputs=(data()[0],))
+
+
+def test_a_call_that_fails_does_not_count() -> None:
+    prepared = prepare(model(), SmoothQuantConfig(), example_inputs=(data()[0],))
+    run(prepared)
+    with pytest.raises(CalibrationError, match="NaN"):
+        prepared(torch.full_like(data()[0], float("nan")))
+    assert error(convert(prepared)) == error(done(SmoothQuantConfig()))
+
+
+def test_calls_that_hold_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inc_graph.quantization import kept_calls
+
+    monkeypatch.setattr(kept_calls, "LIMIT", 2 * data()[0].nbytes)
+    prepared = prepare(model(), SmoothQuantConfig(alpha=0.7), example_inputs=(data()[0],))
+    with pytest.warns(IncWarning, match="ranges .* of the first 2 calibration calls"):
+        run(prepared)
+    assert error(convert(prepared)) < 0.1
+
+
+# -------------------------------------------------------------------------------------------------- layer by layer
+@pytest.mark.parametrize("alpha", [0.7, "auto"])
+def test_layer_by_layer_the_scale_is_a_multiplication(alpha: Any) -> None:
+    plain = quantize(model(), StaticQuantConfig(), run)
+    q = quantize(model(), SmoothQuantConfig(alpha=alpha), run)
+    assert error(q) < 0.75 * error(plain)
+    lines = q.report.smoothing
+    assert len(lines) == 3 and {line.by for line in lines[:2]} == {"multiplied"}
+    assert lines[2].by == ("left" if lines[2].alpha is None else "multiplied")
+
+
+def test_layer_by_layer_nothing_is_folded() -> None:
+    plain = quantize(model(), StaticQuantConfig(), run)
+    q = quantize(model(), SmoothQuantConfig(alpha=0.7, folding=True), run)
+    assert error(q) == pytest.approx(error(plain), rel=0.2)
+
+
+@pytest.mark.parametrize("other", OTHERS[:2], ids=lambda c: c.name)
+def test_composed_layer_by_layer(other: Any) -> None:
+    q = quantize(model(), SmoothQuantConfig(alpha=0.6) + other, run)
+    assert error(q) < 0.02 and {line.by for line in q.report.smoothing} == {"multiplied"}
+
+
+def test_convolutions_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    x = torch.randn(2, 4, 9, 9) * outliers(4).view(1, 4, 1, 1)
+    q = quantize(conv, SmoothQuantConfig(alpha=0.5), lambda m: m(x), inplace=False)
+    with torch.no_grad():
+        assert float((q(x) - conv(x)).norm() / conv(x).norm()) < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------- refused
+def test_without_calibration() -> None:
+    prepared = prepare(model(), SmoothQuantConfig(), example_inputs=(data()[0],))
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        convert(prepared)
+    with pytest.raises(ConfigError, match="needs calibration data"):
+        quantize(model(), SmoothQuantConfig())
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, "best", None, True])
+def test_alpha_out_of_range(alpha: Any) -> None:
+    with pytest.raises(ConfigError, match="alpha must be a number from 0 to 1 or one of 'auto'"):
+        SmoothQuantConfig(alpha=alpha)
+
+
+def test_options_of_the_search_out_of_range() -> None:
+    m = model()
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    for args, what in (({"alpha_min": -1}, "alpha_min"), ({"n_samples": 0}, "n_samples"),
+                       ({"shared_criterion": "most"}, "shared_criterion")):  # fmt: skip
+        with pytest.raises(ConfigError, match=what):
+            prepare(m, SmoothQuantConfig(alpha="auto", auto_alpha_args=args), example_inputs=(data()[0],))
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+
+
+def test_a_norm_without_a_weight_is_named() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 4)).eval()
+    (line,) = done(SmoothQuantConfig(), m).report.smoothing
+    assert (
+        line.by == "multiplied"
+        and line.detail == "the norm layer_norm (layer_norm) has no weight that could take the scale"
+    )
+    (line,) = done(SmoothQuantConfig(folding=True), m).report.smoothing
+    assert line.by == "left" and "no weight" in line.detail
+
+
+def test_by_the_error_of_blocks() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([model(), model()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    m = Blocks().eval()
+    config = SmoothQuantConfig(alpha="auto", do_blockwise=True)
+    q = done(config, m)
+    lines = q.report.smoothing
+    assert len(lines) == 4 and lines[0].alpha == lines[1].alpha and lines[2].alpha == lines[3].alpha  # one a block
+    assert all(line.error < line.plain for line in lines) and lines[0].error == lines[1].error
+    assert error(q, m) < 0.75 * error(done(StaticQuantConfig(), m), m)
