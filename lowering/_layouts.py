@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from inc_graph.graph import fake_call, insert_call, val
-from inc_graph.lowering import _onednn
+from inc_graph.lowering import _half, _onednn
 from inc_graph.lowering._context import OneDnnContext, size_hint
 from inc_graph.ops import is_inc
 
@@ -60,7 +60,8 @@ def settle_layouts(c: OneDnnContext) -> None:
 
 def _is_layer(node: fx.Node) -> bool:
     """True for what gives the same layout whatever it gets."""
-    return node.target in (_onednn.int8_layer, _onednn.int8_layer_add, _onednn.int8_layer_sum)
+    layers = (_onednn.int8_layer, _onednn.int8_layer_add, _onednn.int8_layer_sum)
+    return node.target in (*layers, _half.half_layer, _half.half_layer_add)
 
 
 def _below(graph: fx.Graph, roots: Any) -> list[fx.Node]:
