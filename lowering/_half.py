@@ -52,6 +52,12 @@ class HalfWeight:
         dense: Tensor = self.tensor.to_dense()
         return dense.reshape(self.shape).contiguous()
 
+    def __copy__(self) -> HalfWeight:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HalfWeight:
+        return self
+
     def nbytes(self) -> int:
         """Bytes as it is packed."""
         return int(mkldnn._nbytes(self.tensor))

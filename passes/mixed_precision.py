@@ -61,9 +61,10 @@ class MixedPrecision(Pass):
         recipe = None if self.dtype else get_recipe(gm)
         halves = decide_halves(gm, recipe, HALF_DTYPES.get(self.dtype))
         report = PassReport(missed=[(n.name, why) for n, why in halves.reasons.items()])
-        if not halves.dtypes or not take_fuel():
-            _note(halves)
-            return PassResult(gm, bool(halves.reasons), report)
+        if halves.dtypes and not take_fuel():
+            halves = Halves(reasons=dict.fromkeys(halves.dtypes, "no fuel is left to change it"))
+        if not halves.dtypes:
+            return PassResult(gm, _note(halves), report)
         _Rewrite(gm, halves).run()
         report.matched += [n.name for n in halves.dtypes if n not in halves.tails]
         _note(halves)
@@ -71,8 +72,9 @@ class MixedPrecision(Pass):
         return PassResult(gm, True, report)
 
 
-def _note(halves: Halves) -> None:
-    """Annotate what became of each operator."""
+def _note(halves: Halves) -> bool:
+    """Annotate what became of each operator. Whether that has changed an annotation."""
+    before = {node: dict(peek_meta(node)) for node in [*halves.dtypes, *halves.reasons]}
     for node, dtype in halves.dtypes.items():
         if node in halves.tails:
             continue
@@ -89,6 +91,7 @@ def _note(halves: Halves) -> None:
         if "float" in notes or "half" in notes:
             notes.pop("half", None)
             notes["float"] = f"float32: {reason}"
+    return any(peek_meta(node) != notes for node, notes in before.items())
 
 
 @dataclass
