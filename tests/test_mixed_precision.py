@@ -151,8 +151,8 @@ def test_kernels_are_called_with_packed_weights(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(not _half.has_kernels(torch.bfloat16), reason="oneDNN has no bfloat16 here")
 @pytest.mark.parametrize("layer", [
     nn.Conv1d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 3, stride=2, dilation=2), nn.Conv2d(4, 8, 3, groups=2, bias=False),
-    nn.Conv2d(4, 4, 3, padding="same", groups=4), nn.Conv3d(4, 8, 3, padding=1), nn.Linear(6, 5), nn.Linear(6, 5, False),
-    nn.ConvTranspose2d(4, 8, 3), nn.Conv2d(4, 8, 2, padding="same"),
+    nn.Conv2d(4, 4, 3, padding="same", groups=4), nn.Conv3d(4, 8, 3, padding=1), nn.Linear(6, 5),
+    nn.Linear(6, 5, False), nn.ConvTranspose2d(4, 8, 3), nn.Conv2d(4, 8, 2, padding="same"),
 ], ids=str)  # fmt: skip
 def test_packed_layers_give_what_torch_gives(layer: nn.Module) -> None:
     """Against the same operator of torch in bfloat16; and the weight comes back bit for bit."""
@@ -250,7 +250,7 @@ def test_autotune() -> None:
     torch.testing.assert_close(best(X), want)
 
 
-# -------------------------------------------------------------------------------------------------- machines and mistakes
+# ------------------------------------------------------------------------------------------------ machines and mistakes
 @pytest.mark.parametrize("example", [None, (X,)])
 def test_a_machine_without_it(example: Any) -> None:
     with pytest.warns(PrecisionWarning, match=r"float32 is used in the place of fp16.*FORCE_FP16=1") as told:
