@@ -77,7 +77,7 @@ class _State:
     recipe: Recipe | None
     dtype: torch.dtype | None
     kinds: dict[fx.Node, str] = field(init=False)
-    fixed: dict[fx.Node, torch.dtype] = field(default_factory=dict)  # HALF operators
+    fixed: dict[fx.Node, torch.dtype] = field(default_factory=dict)  # HALF operators and what their kernels do besides
     wishes: dict[fx.Node, torch.dtype | None] = field(default_factory=dict)  # FOLLOW: the one dtype it may have
     tails: set[fx.Node] = field(default_factory=set)
     rules: dict[fx.Node, int] = field(default_factory=dict)
@@ -117,8 +117,18 @@ class _State:
             self.reasons[node] = why or "no rule gives it half precision"
         elif kind == HALF and wish is not None:
             self.fixed[node] = wish
+        elif (kernel := self._kernel_of(node)) is not None and wish in (None, kernel):
+            self.fixed[node] = kernel
         else:
             self.wishes[node] = wish
+
+    def _kernel_of(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype of the layer that an activation function stands right behind: its kernel can do both, and a cast
+        between them costs what a cast behind them does."""
+        pattern, source = pattern_of(node), node.args[0] if node.args else None
+        if pattern is None or pattern.role != "activation" or not isinstance(source, fx.Node):
+            return None
+        return self.fixed.get(source) if len(source.users) == 1 else None
 
     def _int8(self, node: fx.Node) -> None:
         """The end of a quantized layer: itself, or the activation function that runs in its kernel."""

@@ -43,11 +43,12 @@ ILLUSTRATIONS = {  # page -> how many blocks in it are neither code, output nor 
     "architecture.md": 2,
     "from_scratch.md": 1,
     "ir.md": 5,
-    "passes.md": 6,
+    "passes.md": 7,
     "writing_a_backend.md": 1,
 }
 NEEDS = {  # 8-bit kernels, or a package
     "from_scratch.md": "kernels",
+    "mixed_precision.md": "kernels",
     "migrate_from_torchao.md": "torchao",
     "weight_only.md": "transformers",
 }

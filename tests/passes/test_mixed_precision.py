@@ -248,7 +248,7 @@ def test_classes_of_the_table() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- random graphs
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 10**6))
 def test_random_graphs_are_equal_within_rounding(seed: int) -> None:
     model = RandomModel(seed, kinds=SMOOTH_KINDS)
@@ -305,7 +305,7 @@ def test_the_cut_is_as_cheap_as_any(seed: int) -> None:
     assert len(found) == min(len(c) for c in all_ if cost(c) == least)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 10**6))
 def test_casts_of_random_graphs_are_minimal(seed: int) -> None:
     """The elements that are cast, counted in the graph that comes out, against every choice for the free operators."""
