@@ -35,14 +35,16 @@ class Race:
     name: str
     model: nn.Module
     inputs: dict[str, Inputs]  # label -> what is timed; accuracy is that on the first
-    calibration: list[Inputs]
+    calibration: Callable[[int], list[Inputs]]  # in batches of a size
     outputs: Callable[[Tensor, Inputs], dict[str, Tensor]]
 
 
 def minilm() -> Race:
     model, tokenizer, documents, _ = rm.minilm()
     batches = list(rm.batches(tokenizer, documents, 8))
-    calibration = list(rm.batches(tokenizer, rm.calibration_documents(64), 8))
+
+    def calibration(size: int) -> list[Inputs]:
+        return list(rm.batches(tokenizer, rm.calibration_documents(64), size))
 
     def outputs(hidden: Tensor, inputs: Inputs) -> dict[str, Tensor]:
         mask = inputs[1]
@@ -54,7 +56,10 @@ def minilm() -> Race:
 def efficientnet() -> Race:
     model, images, _ = rm.efficientnet_lite0()
     inputs = {"batch 16": (images[:16],), "batch 1": (images[:1].clone(),)}
-    calibration = [(batch,) for batch in rm.calibration_images().split(4)]
+
+    def calibration(size: int) -> list[Inputs]:
+        return [(batch,) for batch in rm.calibration_images(max(32, size)).split(size)]
+
     return Race("EfficientNet-Lite0", model, inputs, calibration, lambda y, _: {"logits": y.float()})
 
 
@@ -80,7 +85,8 @@ def contestants(race: Race, label: str, int8: bool) -> dict[str, Callable[[], tu
         return convert(race.model, MixedPrecisionConfig(dtype="bf16"), example_inputs=inputs)
 
     def quantized(config: Any) -> nn.Module:
-        return quantize(race.model, config, lambda m: [m(*x) for x in race.calibration], example_inputs=inputs)
+        data = race.calibration(len(inputs[0]))
+        return quantize(race.model, config, lambda m: [m(*x) for x in data], example_inputs=inputs)
 
     def both(make: Callable[[], nn.Module]) -> Callable[[], tuple[Run, nn.Module]]:
         def built() -> tuple[Run, nn.Module]:

@@ -227,6 +227,11 @@ def test_with_int8(backend: str, swap: bool) -> None:
     close(q(X), net()(X), 0.1)
 
 
+def test_an_excluded_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="INT8StaticQuantConfig excludes bf16"):
+        prepare(net(), StaticQuantConfig(excluded_precisions=["bf16"]) + bf16(), example_inputs=(X,))
+
+
 def test_a_local_setting_of_another_method() -> None:
     q = _calibrated(StaticQuantConfig().set_local("head", bf16()))
     assert dtypes(q)["head"] == torch.bfloat16
