@@ -137,6 +137,8 @@ def test_float_is_float_in_every_method(leaves: Any) -> None:
     part = copy.copy(leaves)
     part.white_list = ["fc1$"]
     floats(S() + part)
+    if leaves.name == "mixed_precision":
+        return  # a method that is there
     with pytest.raises(NotImplementedError, match="does not have the algorithm"):
         floats(S() + part.set_local("fc2$", type(leaves)()))  # this one says to quantize fc2
 
