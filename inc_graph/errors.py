@@ -19,6 +19,7 @@ __all__ = [
     "LoweringError",
     "PassError",
     "PatternError",
+    "PrecisionWarning",
     "SavedModelError",
     "SpecError",
     "UnknownNameError",
@@ -103,6 +104,10 @@ class UnknownNameError(IncError, KeyError):
 
 class IncWarning(UserWarning):
     """Base of all warnings of this library."""
+
+
+class PrecisionWarning(IncWarning):
+    """A half-precision format was asked for that this machine has no instructions for."""
 
 
 class UnusedRuleWarning(IncWarning):

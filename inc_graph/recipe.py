@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import fx
 
 from inc_graph.errors import ConfigError
@@ -26,12 +27,13 @@ from inc_graph.registry import PATTERNS
 from inc_graph.spec import QSpec
 
 __all__ = [
-    "KINDS", "Claim", "OpQuant", "Recipe", "Where", "WhereRule", "claims", "decide", "get_recipe", "in_vain",
-    "names_of_type", "operator_name", "set_recipe", "smoothing_of",
+    "HALF_DTYPES", "KINDS", "Claim", "OpQuant", "Recipe", "Where", "WhereRule", "claims", "decide", "get_recipe",
+    "in_vain", "names_of_type", "operator_name", "set_recipe", "smoothing_of",
 ]  # fmt: skip
 
 KINDS = ("all", "type", "implied", "predicate", "name")  # from the least to the most specific
 FITS = (*KINDS, "path")  # a name may be the whole path, as it stands
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WHITE_LIST, ENTRY, PRIORITY = "white_list", "white_list entry ", "higher priority"  # origins that mean something
 
 
@@ -109,6 +111,7 @@ class OpQuant:
         bias_correction: Correct the bias for the mean error of the quantized weight.
         smooth: How the input is smoothed, `smooth{alpha=0.5}`; None: not. Another config of a composition may quantize
             the operator: it is smoothed all the same.
+        half: One of `HALF_DTYPES`: nothing is quantized, and it computes in that.
     """
 
     activation: QSpec | None = None
@@ -117,9 +120,11 @@ class OpQuant:
     weight_algorithm: str = "minmax"
     bias_correction: bool = False
     smooth: str | None = None
+    half: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         found = {
+            **({} if self.half is None else {"half": self.half}),
             "activation": self.activation and self.activation.to_json(),
             "weight": self.weight and self.weight.to_json(),
             "act_algorithm": self.act_algorithm,
@@ -131,9 +136,10 @@ class OpQuant:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OpQuant:
         if isinstance(data, Mapping):
-            data = {"smooth": None, **data}  # recipes had no smoothing at first
+            data = {"smooth": None, "half": None, **data}  # rules had neither at first
         _same_keys(data, cls)
         _need(data["smooth"] is None or isinstance(data["smooth"], str), cls, "smooth", data["smooth"])
+        _need(data["half"] in (None, *HALF_DTYPES), cls, "half", data["half"])
         for key in ("act_algorithm", "weight_algorithm"):
             _need(isinstance(data[key], str), cls, key, data[key])
         _need(isinstance(data["bias_correction"], bool), cls, "bias_correction", data["bias_correction"])
@@ -154,6 +160,11 @@ class WhereRule:
         """Whether it leaves operators float."""
         return self.what is None
 
+    @property
+    def half(self) -> torch.dtype | None:
+        """The half precision that it gives operators."""
+        return None if self.what is None or self.what.half is None else HALF_DTYPES[self.what.half]
+
     def to_json(self) -> dict[str, Any]:
         return {"where": self.where.to_json(), "what": self.what and self.what.to_json(), "origin": self.origin}
 
@@ -168,6 +179,8 @@ class WhereRule:
         what = self.what
         if what is None:
             return f"{self.where} -> float"
+        if what.half is not None:
+            return f"{self.where} -> {what.half}"
         parts = [
             f"activation {what.activation}" if what.activation else "",
             f"weight {what.weight}" if what.weight else "",
@@ -250,12 +263,17 @@ class _Rule(Protocol):
     def origin(self) -> str: ...
     @property
     def floats(self) -> bool: ...
+    @property
+    def half(self) -> torch.dtype | None: ...
 
 
 class Claim(NamedTuple):
-    """What one config says of an operator: the index of its rule, and how that fits. Larger is stronger."""
+    """What one config says of an operator: the index of its rule, and how that fits. Larger is stronger.
 
-    quantizes: bool
+    `gives`: 2 codes, 1 half precision, 0 neither.
+    """
+
+    gives: int
     priority: int
     fit: int
     rule: int
@@ -279,7 +297,7 @@ def claims(rules: Sequence[_Rule], op: Named) -> list[Claim]:
         local = {i: fit for i, fit in fits.items() if fit != "all" and not rules[i].origin.startswith(ENTRY)}
         if fits:
             best, i = max((FITS.index(fit), i) for i, fit in (local or fits).items())
-            found.append(Claim(not rules[i].floats, priority, best, i))
+            found.append(Claim(0 if rules[i].floats else 2 - (rules[i].half is not None), priority, best, i))
     return found
 
 
@@ -290,8 +308,9 @@ def _configs(rules: Sequence[_Rule]) -> list[tuple[int, int]]:
 
 
 def decide(rules: Sequence[_Rule], op: Named) -> int | None:
-    """Index of the rule that an operator goes by: of the claims of the configs one that quantizes is above one that
-    leaves float; then the priority of the config counts, then the better fit, then the later config.
+    """Index of the rule that an operator goes by: of the claims of the configs one that quantizes is above one of
+    half precision, and that above one that leaves float; then the priority of the config counts, then the better fit,
+    then the later config.
 
     Where white lists leave it out and nothing else speaks of it, that is the last white list; None without one.
     """
@@ -327,6 +346,8 @@ def in_vain(rules: Sequence[WhereRule], operators: Sequence[Named]) -> tuple[lis
                 beaten.setdefault(i, mine)
         for lost in found:
             first = max(found)
+            if rules[lost.rule].half is not None and FITS[lost.fit] == "all" and first.gives == 2:
+                continue  # half precision is for the rest
             said = FITS[lost.fit] not in ("all", "implied") or (lost.fit == first.fit and FITS[lost.fit] == "all")
             if said and lost is not first and not _agree(rules[lost.rule].what, rules[first.rule].what):
                 twice.setdefault((lost.rule, first.rule), {})[op.name] = None

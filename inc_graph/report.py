@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from inc_graph.errors import ConfigError
 from inc_graph.graph import get_attr, module_path, peek_meta
-from inc_graph.oppattern import pattern_of
+from inc_graph.oppattern import OpPattern, pattern_of
 from inc_graph.smooth_report import Smoothed
 from inc_graph.tables import printed
 from inc_graph.weight_report import WeightLine, Weights
@@ -181,14 +181,18 @@ def read_graph(gm: fx.GraphModule) -> tuple[list[OpLine], list[OpLine]]:
         notes, pattern = peek_meta(node), pattern_of(node)
         line = OpLine(node.name, module_path(node), notes.get("op") or type_of(node), notes.get("float", ""))
         if pattern is None or pattern.role == "activation":
-            if not _computes(node) or line.op in _MOVES:
+            if not _computes(node) or line.op in _MOVES or "cast" in notes:
                 continue
-        if "op" in notes and "rule" in notes:
+        if ("op" in notes and "rule" in notes) or ("half" in notes and not _carries(pattern)):
             quantized.append(line)
         elif line.detail or pattern is None:
             floats.append(replace(line, detail=line.detail or _NO_PATTERN))
         floats += _inside(gm, node)
     return quantized, floats
+
+
+def _carries(pattern: OpPattern | None) -> bool:
+    return pattern is not None and pattern.role == "carrier"
 
 
 def with_activations(
@@ -209,7 +213,8 @@ def with_activations(
     told = gone.union(line.name for line in lines)
     for name, node in found.items():
         source = node.args[0] if node.args else None
-        if name not in told and isinstance(source, fx.Node) and source.name in kernels and _computes(node):
+        known = name in told or "half" in peek_meta(node)
+        if not known and isinstance(source, fx.Node) and source.name in kernels and _computes(node):
             detail = "the kernel before it does not compute it"
             lines.append(OpLine(name, module_path(node), type_of(node), detail))
     return lines

@@ -2,7 +2,7 @@
 
     layer -> + other -> relu -> quantize           "sum": both sides codes, the result goes into the memory of `other`
     linear -> + other -> relu [-> quantize]        "add": `other` is float
-    layer -> activation [-> quantize]
+    layer -> activation [-> quantize, or a cast to bfloat16]
 
 A "sum" may only write to memory that nobody reads any more; `owned` decides that, and a copy is made where it says no.
 """
@@ -63,9 +63,20 @@ def tail_of(c: OneDnnContext, layer: fx.Node) -> Tail:
     if (quantize := _full_quantize(c, tail.end)) is not None:
         node, p = quantize
         tail.quantize, tail.output = node, Output(p.dtype, p.scale, p.zero_point)
+    elif (cast := _half_cast(tail)) is not None:
+        tail.end, tail.output = cast, Output(torch.bfloat16)
     elif tail.output.dtype not in (torch.float32, torch.bfloat16):
         tail.output = Output()  # and a cast behind it
     return tail
+
+
+def _half_cast(tail: Tail) -> fx.Node | None:
+    """The cast of a float32 result to bfloat16, which the kernel can write as well."""
+    user = only_user(tail.end)
+    if user is None or user.target is not aten._to_copy.default or set(user.kwargs) != {"dtype"}:
+        return None
+    plain = tail.other is None and val(tail.end).dtype == torch.float32 and val(user).dtype == torch.bfloat16
+    return user if plain else None
 
 
 def dims_of(layer: fx.Node) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from inc_graph.graph import fake_call, insert_call, val
-from inc_graph.lowering import _dynamic, _onednn
+from inc_graph.lowering import _dynamic, _half, _onednn
 from inc_graph.lowering._context import OneDnnContext, size_hint
 from inc_graph.ops import is_inc
 
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _LAYERS = (
     _onednn.int8_layer, _onednn.int8_layer_add, _onednn.int8_layer_sum, _dynamic.dynamic_codes, _dynamic.dynamic_layer,
-    _dynamic.dynamic_layer_add, _dynamic.dynamic_layer_codes,
+    _dynamic.dynamic_layer_add, _dynamic.dynamic_layer_codes, _half.half_layer, _half.half_layer_add,
 )  # fmt: skip
 _BY_POSITION = (
     aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default, aten.view.dtype,

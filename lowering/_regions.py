@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from inc_graph.graph import clone, erase_dead, get_attr, insert_call, unique_name
-from inc_graph.lowering import _codes, _onednn
+from inc_graph.lowering import _codes, _half, _onednn
+from inc_graph.lowering._half import HalfLayer
 from inc_graph.lowering._onednn import HAS_OPAQUE, Int8Layer, OpaqueBase
 
 __all__ = ["NotTraced", "Region", "for_compile", "run_region"]
@@ -29,7 +30,10 @@ _STEPS = (
     _onednn.int8_layer_sum,
     _codes.spread,
     _codes.codes_to_unsigned,
+    _half.half_layer,
+    _half.half_layer_add,
 )
+_LAYERS = (Int8Layer, HalfLayer)
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,11 @@ class Region(OpaqueBase):  # type: ignore[misc,valid-type]
 
 
 def _execute(fn: Callable[..., Tensor], args: list[Any]) -> Tensor:
-    return args[-1].run(*args[:-1]) if isinstance(args[-1], Int8Layer) else fn(*args)
+    return args[-1].run(*args[:-1]) if isinstance(args[-1], _LAYERS) else fn(*args)
 
 
 def _propagate(fn: Callable[..., Tensor], args: list[Any]) -> Tensor:
-    return args[-1].empty_out(args[0]) if isinstance(args[-1], Int8Layer) else fn(*args)
+    return args[-1].empty_out(args[0]) if isinstance(args[-1], _LAYERS) else fn(*args)
 
 
 if HAS_OPAQUE:
@@ -158,7 +162,7 @@ def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
 def _replace(gm: fx.GraphModule, run: list[fx.Node]) -> None:
     inside = set(run)
     layers = {i: get_attr(gm, str(i.target)) for n in run for i in n.all_input_nodes if i.op == "get_attr"}
-    layers = {node: value for node, value in layers.items() if isinstance(value, Int8Layer)}
+    layers = {node: value for node, value in layers.items() if isinstance(value, _LAYERS)}
     slots: dict[fx.Node, int] = {}
     for node in run:
         for source in node.all_input_nodes:

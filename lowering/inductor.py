@@ -3,6 +3,7 @@
     dequantize(x) , dequantize(w) -> linear | conv  [-> + other] [-> activation] [-> quantize]    becomes one Int8Layer
     dequantize(x) -> view | max_pool | cat | pad -> quantize (same scale)                          runs on the codes
     choose_qparams(x) -> quantize -> dequantize , dequantize(w) -> linear          becomes one DynamicLayer
+    conv | linear in half precision [-> + other] [-> activation]                      becomes one HalfLayer
     dequantize(table) -> embedding                                                                 looks up codes
     x (float) , dequantize(w) -> linear                                      becomes one weight_only_linear (any format)
 
@@ -23,6 +24,7 @@ from inc_graph.lowering._codes import dequantize_codes, lookup_rows, quantize_co
 from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
 from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
 from inc_graph.lowering._fusion import CONV, LINEAR, TRANSPOSED
+from inc_graph.lowering._half_claims import HALF_LAYERS
 from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer, rewrite_signed
 from inc_graph.lowering._layouts import settle_layouts
 from inc_graph.lowering._moves import MOVES, check_move, rewrite_move
@@ -122,6 +124,7 @@ class Inductor(Backend):
             Claim("int8 linear", P(LINEAR), rewrite_layer, check_layer),
             Claim("int8 transposed convolution", P(TRANSPOSED), rewrite_layer, check_layer),
             Claim("int8 lookup", P(aten.embedding.default), _rewrite_lookup, _check_lookup),
+            HALF_LAYERS,
             WEIGHT_ONLY,
             LSTM,
             GRU,

@@ -78,6 +78,12 @@ class Facts:
         layer = pattern.weight is not None and "was" not in peek_meta(reader)
         return layer or pattern.role == "carrier"  # which moves what its reader has found to be data
 
+    def bad_half(self, pattern: OpPattern, node: fx.Node) -> str | None:
+        """Whether `node` may compute in half precision: it has to be float32, and so its weight."""
+        if getattr(val(node), "dtype", None) != torch.float32:
+            return f"its result is {getattr(val(node), 'dtype', 'not one tensor')}, not float32"
+        return self.bad_weight(pattern, node, None)
+
     def bad_weight(self, pattern: OpPattern, node: fx.Node, spec: QSpec | None) -> str | None:
         """Whether the weight of `node`, if it has one, may be quantized as `spec` says."""
         if pattern.weight is None:

@@ -5,6 +5,7 @@ What is written into `meta["custom"]["inc"]`:
     on a reader       reads   {name of the value: key}           which inputs it reads quantized
                       op      pattern name;  rule  index of the recipe's rule
                       weight  {spec, algorithm} for a layer with a weight
+                      half    "bfloat16" or "float16", in the place of all of these: see `mixed_precision`
     on a float op     float   the reason
 
 Readers are chosen from the outputs backwards: anchors (convolution, linear) first; a follower (add) joins if somebody
@@ -45,6 +46,7 @@ class _State:
     reads: dict[fx.Node, dict[fx.Node, Key]] = field(default_factory=dict)  # reader -> value -> format
     group: dict[tuple[fx.Node, Key], tuple[fx.Node, Key]] = field(default_factory=dict)  # union-find
     ops: dict[fx.Node, tuple[OpPattern, int, OpQuant]] = field(default_factory=dict)
+    halves: dict[fx.Node, tuple[OpPattern, int]] = field(default_factory=dict)
     float_: dict[fx.Node, str] = field(default_factory=dict)
     sums: set[fx.Node] = field(default_factory=set)  # sums and products, and float chains that end in nothing else
 
@@ -96,7 +98,7 @@ def _rule(node: fx.Node, pattern: OpPattern, state: _State) -> tuple[int, OpQuan
         return reason or ""
     index, rule = found
     supported = state.recipe.supported
-    if supported is not None and pattern.name not in supported and rule.where.kind == "all":
+    if supported is not None and pattern.name not in supported and rule.where.kind == "all" and rule.half is None:
         return f"backend '{state.recipe.backend}' has no quantized kernel for {pattern.name}"
     return index, rule.what
 
@@ -111,6 +113,12 @@ def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
         state.float_[node] = rule
         return
     index, what = rule
+    if what.half is not None:
+        if (reason := state.facts.bad_half(pattern, node)) is not None:
+            state.float_[node] = reason
+        else:
+            state.halves[node] = pattern, index
+        return
     reason = (
         pattern.check(node)
         or useless(pattern, what)
@@ -138,7 +146,7 @@ def _reader(node: fx.Node, state: _State) -> None:
             key = (str(what.activation), what.act_algorithm)
             for value in pattern.activations(node):
                 state.want(node, value, key, what.activation)
-    elif pattern is None or node in state.float_:
+    elif pattern is None or node in state.float_ or node in state.halves:
         return
     elif pattern.role == "follower":
         _follower(node, pattern, state)
@@ -185,6 +193,9 @@ def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
         state.float_[node] = rule
         return
     index, what = rule
+    if what.half is not None:
+        state.float_[node] = "the rule gives it half precision, not codes"
+        return
     inputs = list(pattern.activations(node))
     reason = state.facts.bad_inputs(pattern, node, what.activation, _named(index, state))
     if what.activation is None:
@@ -300,10 +311,13 @@ def _write(gm: fx.GraphModule, state: _State) -> None:
             meta["weight"] = {"spec": spec.to_json(), "algorithm": what.weight_algorithm}
             if what.bias_correction and pattern.bias is not None and what.activation is not None:
                 meta["weight"]["correct_bias"] = True
+    for node, (pattern, index) in state.halves.items():
+        half = str(state.recipe.rules[index].half).removeprefix("torch.")
+        inc_meta(node).update({"op": pattern.name, "rule": index, "half": half})
     for node in gm.graph.nodes:
         if node in state.float_ and node not in state.ops:
             inc_meta(node)["float"] = state.float_[node]
-        elif node.op == "call_function" and node not in state.ops:
+        elif node.op == "call_function" and node not in state.ops and node not in state.halves:
             if (reason := _why_float(node, state)) is not None:
                 inc_meta(node)["float"] = reason
 

@@ -140,6 +140,8 @@ def test_float_is_float_in_every_method(leaves: Any) -> None:
     if type(leaves) is c.DynamicQuantConfig:
         assert "fc2" not in floats(other)
         return
+    if leaves.name == "mixed_precision":
+        return  # a method that is there
     with pytest.raises(NotImplementedError, match="does not have the algorithm"):
         floats(other)
 

@@ -128,7 +128,8 @@ def test_compositions_of_one_method(scope: str) -> None:
 
 @pytest.mark.parametrize("kind", c.get_all_registered_configs().values(), ids=lambda k: k.__name__)
 def test_methods_that_are_not_there_are_said(kind: Any) -> None:
-    if kind in (c.INT8StaticQuantConfig, c.DynamicQuantConfig, c.RTNConfig, c.HQQConfig, c.GPTQConfig):
+    there = (c.INT8StaticQuantConfig, c.DynamicQuantConfig, c.SmoothQuantConfig, c.MixedPrecisionConfig)
+    if kind in (*there, c.RTNConfig, c.HQQConfig, c.GPTQConfig):
         kind().recipe("eager", None)  # these are there
         return
     model, x = Net().eval(), torch.randn(2, 3, 6, 6)

@@ -48,6 +48,7 @@ ILLUSTRATIONS = {  # page -> how many blocks in it are neither code, output nor 
 }
 NEEDS = {  # 8-bit kernels, or a package
     "from_scratch.md": "kernels",
+    "mixed_precision.md": "kernels",
     "migrate_from_torchao.md": "torchao",
     "weight_only.md": "transformers",
 }

@@ -37,6 +37,10 @@ QUICK = {
         r"still a Classifier; equal: True",
         r"damaged: inc_graph.json: field 'format' is not 'inc_graph'",
     ],
+    "half_precision": [
+        r"everything: error 0\.00\d\d, 0\.5\d x the bytes\n  layer_norm is float32: its mean and variance",
+        r"but the head: error 0\.00\d\d, 0\.6\d x the bytes\n.*\n  linear is float32: kept float by set_local\('3'\)",
+    ],
     "add_your_own_backend": [
         r"linear +│ +1 │ integer linear",
         r"conv1d +│ +1 │ float: backend 'plain_integers' has no quantized kernel for conv1d",

@@ -32,6 +32,7 @@ from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
+from inc_graph.quantization.precision import all_float, fit_precision
 from inc_graph.quantization.predicates import bind_predicates, layers_of, operators_of
 from inc_graph.quantization.trial import why_refused
 from inc_graph.quantization.user_algorithms import (
@@ -45,7 +46,7 @@ from inc_graph.quantization.user_algorithms import (
     remember,
     run_entries,
 )
-from inc_graph.recipe import Recipe, set_recipe
+from inc_graph.recipe import Recipe, get_recipe, set_recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import attribute_bytes, read_graph
 from inc_graph.utils.device import choose_backend, detect_device
@@ -130,7 +131,7 @@ def _prepare(
     name, note = choose_backend(backend, "cpu" if device == "meta" else device)  # its values are in a file
     if note:
         warnings.warn(note, IncWarning, stacklevel=3)
-    recipe = quant_config.recipe(name, BACKENDS.get(name).supported())
+    recipe = fit_precision(quant_config.recipe(name, BACKENDS.get(name).supported()), device)
     asked = quant_config.predicates()
     if _is_ours(model):
         gm = cast(fx.GraphModule, model)
@@ -203,7 +204,7 @@ def _prepare_graph(model: fx.GraphModule, recipe: Recipe, inplace: bool) -> fx.G
 def _refuse_nothing(gm: fx.GraphModule) -> None:
     """Silence is a defect: a model in which nothing is quantized is an error that says why."""
     quantized, floats = read_graph(gm)
-    if quantized:
+    if quantized or all_float(get_recipe(gm)):
         return
     reasons = list(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats))
     shown = "; ".join(reasons[:5]) or "it has no operator with float inputs and weights"

@@ -471,6 +471,11 @@ class BaseConfig:
         """Whether the fields say that operators stay float."""
         return False
 
+    @property
+    def half(self) -> Any:
+        """The half precision that the fields give operators in the place of a quantization."""
+        return None
+
     def _leaves_all_float(self) -> bool:
         """Whether it leaves every operator float that it speaks of, in local settings too."""
         return self.leaves_float() and all(c._leaves_all_float() for c in self._local.values())

@@ -13,7 +13,7 @@ from inc_graph.errors import ConfigError, PassError
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.fields import Field
-from inc_graph.recipe import Recipe
+from inc_graph.recipe import HALF_DTYPES, Recipe
 from inc_graph.registry import CONFIGS
 
 __all__ = ["ComposableConfig", "as_config"]
@@ -156,9 +156,18 @@ class ComposableConfig(BaseConfig):
             raise ConfigError("an empty composition says nothing", hint="add a config to it")
         ranked = self._ranked()
         recipes = [c.recipe(backend, supported) for c in [c for c in ranked if not c._leaves_all_float()] or ranked]
+        self._check_excluded()
         prepare, convert = (_merged([getattr(r, stage) for r in recipes]) for stage in ("prepare", "convert"))
         limited = next((r.supported for r in recipes if r.supported is not None), None)
         return replace(recipes[0], rules=self.rules(), prepare=prepare, convert=convert, supported=limited)
+
+    def _check_excluded(self) -> None:
+        """ConfigError if one config gives the rest of the model a precision that another excludes."""
+        for config in self._configs:
+            for name in config.get_params_dict().get("excluded_precisions", ()):
+                if any(other.half == HALF_DTYPES[name] for other in self._configs):
+                    message = f"{type(config).__name__} excludes {name}, and another config here asks for it"
+                    raise ConfigError(message, hint=f"leave {name!r} out of excluded_precisions")
 
     def _members(self) -> Sequence[BaseConfig]:
         return self._configs

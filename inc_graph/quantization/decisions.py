@@ -88,7 +88,7 @@ def _decided(gm: fx.GraphModule) -> Decisions:
     for node in gm.graph.nodes:
         notes, pattern = peek_meta(node), pattern_of(node)
         if node.name not in reasons and not ("op" in notes and "rule" in notes):
-            continue
+            continue  # operators that follow their neighbours into half precision go by no rule
         index = notes.get("rule")
         if node.name in reasons:
             found = None if pattern is None or pattern.role == "activation" else recipe.resolve(node, pattern)
@@ -104,6 +104,8 @@ def _decided(gm: fx.GraphModule) -> Decisions:
 def _method(what: OpQuant | None, weighted: bool) -> str:
     if what is None:
         return "?"
+    if what.half is not None:
+        return what.half
     parts = [f"activation {what.activation} ({what.act_algorithm})"] if what.activation else []
     parts += [f"weight {what.weight} ({what.weight_algorithm})"] if what.weight and weighted else []
     return ", ".join(parts)

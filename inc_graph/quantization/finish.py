@@ -14,7 +14,7 @@ from inc_graph.capture import own_mutated
 from inc_graph.channel_stats import ChannelObserver
 from inc_graph.errors import CalibrationError, IncWarning
 from inc_graph.gram import GramObserver
-from inc_graph.graph import clone, get_tensor, mutated_attrs
+from inc_graph.graph import clone, get_tensor, mutated_attrs, peek_meta
 from inc_graph.in_sequence import InSequence
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.graph_in_sequence import IN_FLOAT, begin, layers_in
@@ -126,8 +126,11 @@ def assemble(
         if target.capabilities is None
         else f"backend '{backend}' has no kernel for it"
     )
+    halves = {n.name: str(half) for n in qdq.graph.nodes if (half := peek_meta(n).get("half")) is not None}
     for line in quantized:
-        if line.name in kernels:
+        if line.name in halves and line.name not in kernels and line.name not in absorbed:
+            report.kernels.append(replace(line, detail=halves[line.name]))
+        elif line.name in kernels:
             report.kernels.append(replace(line, detail=kernels[line.name][0]))
         elif line.name in absorbed:
             report.kernels.append(replace(line, detail=f"fused into {kernels[absorbed[line.name]][0]}"))

@@ -37,6 +37,11 @@ class Entry:
         """Whether operators stay float."""
         return self.config is None or self.config.leaves_float()
 
+    @property
+    def half(self) -> Any:
+        """The half precision that operators get, None if they are quantized or stay float."""
+        return None if self.floats else self.config.half
+
 
 def entries_of(configs: Sequence[Any]) -> list[Entry]:
     """The entries of configs, in rising priority; among equals the order is kept."""

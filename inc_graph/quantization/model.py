@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from inc_graph.capture import own_mutated
 from inc_graph.errors import IncError
-from inc_graph.graph import clone, get_attr
+from inc_graph.graph import clone, get_attr, peek_meta
 from inc_graph.quantization.decisions import Decisions, decisions_of
 from inc_graph.quantization.moving import Once, moved
 from inc_graph.quantization.pickling import NotPickled
@@ -135,13 +135,20 @@ class QuantizedModel(nn.Module):
         if self.fixed:
             self.check_move(fn)
             return super()._apply(fn, recurse)
+        self.check_move(fn)
         qdq = moved(self._whole(), fn if isinstance(fn, Once) else Once(fn))
         if qdq is not None:
             self._lower(qdq)
         return self
 
     def check_move(self, fn: Callable[..., Any]) -> None:
-        """IncError if `fn`, which `_apply` would give each tensor, changes the dtype or device of a `fixed` model."""
+        """IncError if `fn`, which `_apply` would give each tensor, changes the dtype or device of a `fixed` model, or a
+        dtype of one in mixed precision."""
+        if any("half" in peek_meta(n) for n in self._qdq[0].graph.nodes):
+            probe = torch.empty(1, device=device_of(self._qdq[0]))
+            if (dtype := fn(probe).dtype) != probe.dtype:
+                hint = "convert the float model with another dtype"
+                raise IncError(f"a model in mixed precision keeps its dtypes: it cannot go to {dtype}", hint=hint)
         if not self.fixed:
             return
         own = next((t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), torch.empty(0))

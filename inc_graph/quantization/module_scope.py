@@ -31,6 +31,7 @@ from inc_graph.quantization.leaf import Leaf, form_of, is_layer, unfit
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
+from inc_graph.quantization.precision import all_float
 from inc_graph.quantization.streaming import Source, checkpoint_for, fill_rest, filled, float_layer, held, stream
 from inc_graph.quantization.tied import share_codes, tied_layers
 from inc_graph.recipe import Recipe, WhereRule, decide, in_vain, set_recipe
@@ -70,7 +71,7 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
     source = checkpoint_for(model, model_path)
     facts = _Facts(recipe, [], attribute_bytes(model))
     plan = _plan(model, facts, source)
-    if not any(new is not None for _, new in plan):
+    if not any(new is not None for _, new in plan) and not all_float(recipe):
         reasons = "; ".join(dict.fromkeys(f"{f.op}: {f.detail}" for f in facts.floats)) or _NO_LAYER
         hint = "give example_inputs, so that functional operators are seen, or change the config"
         if isinstance(model, fx.GraphModule):
@@ -223,7 +224,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
         CalibrationError: if no leaf saw data.
     """
     found = leaves(model)
-    if all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
+    if found and all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
         raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
     stopped = block_inputs_of(model)
     blocks = BlockByBlock(model, stopped, found) if stopped is not None and stopped.calls else None

@@ -34,6 +34,11 @@ class CpuInfo:
         return bool(self._flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
     @property
+    def fp16(self) -> bool:
+        """Whether it multiplies float16."""
+        return bool(self._flags & {"avx512_fp16", "amx_fp16", "asimdhp"})
+
+    @property
     def vnni(self) -> bool:
         """Whether it multiplies int8 and sums up in one instruction."""
         return bool(self._flags & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})

@@ -145,7 +145,8 @@ class INT8StaticQuantConfig(StaticQuantConfig, Int8Config):
         act_sym: Activations symmetric around zero.
         act_granularity: "per_tensor".
         act_algo: Range estimator of activations: "minmax", "moving_average", "percentile", "histogram_mse", "kl".
-        excluded_precisions: Precisions that the rest of the model must not use; float32 is all that static INT8 uses.
+        excluded_precisions: Precisions that the rest of the model must not use: a composition with a
+            `MixedPrecisionConfig` that asks for one is refused. Alone, static INT8 uses float32 for the rest.
         model_info: Accepted for compatibility and not used: the graph says what is in the model.
         bias_correction: Correct each bias for the mean error of its quantized weight (Nagel et al. 2019).
         reduce_range: 7-bit activations and weights, which cannot saturate 16-bit accumulators of CPUs without VNNI;

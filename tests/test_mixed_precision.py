@@ -1,0 +1,318 @@
+"""`MixedPrecisionConfig` as a user meets it: in a graph and layer by layer, with others, saved, on machines without."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from inc_graph.errors import ConfigError, IncError, IncWarning, PrecisionWarning
+from inc_graph.graph import peek_meta, val
+from inc_graph.lowering import _half
+from inc_graph.quantization import (
+    MixedPrecisionConfig,
+    RTNConfig,
+    StaticQuantConfig,
+    TuningConfig,
+    autotune,
+    convert,
+    load,
+    prepare,
+    quantize,
+)
+from inc_graph.report import attribute_bytes
+from inc_graph.utils.cpu import CpuInfo
+from inc_graph.utils.precision import why_slow
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.norm = nn.LayerNorm(16)
+        self.fc, self.head = nn.Linear(16, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.point(nn.functional.relu6(self.deep(x))) + x
+        return self.head(nn.functional.gelu(self.fc(self.norm(x.mean((2, 3))))))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is there, float16 is not, whatever the machine."""
+    monkeypatch.setattr(CpuInfo, "bf16", True)
+    monkeypatch.setattr(CpuInfo, "fp16", False)
+    for name in ("FORCE_BF16", "FORCE_FP16"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def bf16(**kwargs: Any) -> MixedPrecisionConfig:
+    return MixedPrecisionConfig(dtype="bf16", **kwargs)
+
+
+def close(have: Tensor, want: Tensor, tolerance: float = 0.03) -> None:
+    have, want = have.detach(), want.detach()
+    assert have.dtype == want.dtype and have.shape == want.shape
+    assert float((have - want).norm() / want.norm()) < tolerance
+
+
+def dtypes(model: Any) -> dict[str, torch.dtype]:
+    """Module path -> what the layer computes in."""
+    layers = [n for n in model.graph.graph.nodes if "linear" in str(n.target) or "conv" in str(n.target)]
+    return {list(n.meta["nn_module_stack"].values())[-1][0].replace("L['self'].", ""): val(n).dtype for n in layers}
+
+
+# ------------------------------------------------------------------------------------------------------------- it runs
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_graph(backend: str) -> None:
+    model = net()
+    state = copy.deepcopy(model.state_dict())
+    q = convert(model, bf16(), example_inputs=(X,), backend=backend)
+    close(q(X), model(X))
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    if backend == "eager":  # oneDNN fills small weights up to its blocks
+        assert attribute_bytes(q) < 0.6 * attribute_bytes(model)
+    assert {line.op for line in q.report.kernels} >= {"conv2d", "linear"}
+    reasons = {line.op: line.detail for line in q.report.floats}
+    assert "sums over many values" in reasons["layer_norm"]
+    assert "bf16" in str(q.recipe) and "conv2d" in str(q.report)
+
+
+def test_all_four_ways() -> None:
+    model = net()
+    want = convert(model, bf16(), example_inputs=(X,))(X)
+    prepared = prepare(model, bf16(), example_inputs=(X,))
+    assert torch.equal(convert(prepared)(X), want)
+    assert torch.equal(quantize(model, bf16(), example_inputs=(X,))(X), want)
+    assert torch.equal(convert(model, {"mixed_precision": {"dtype": "bf16"}}, example_inputs=(X,))(X), want)
+    assert torch.equal(copy.deepcopy(convert(prepared))(X), want)
+
+
+def test_layer_by_layer() -> None:
+    """Each layer casts its input, computes in half precision, and casts back; converted once, not twice."""
+    model = net()
+    q = convert(net(), bf16())
+    assert type(q) is Net
+    close(q(X), model(X))
+    graph: fx.GraphModule = q.fc.inner.graph
+    targets = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+    assert targets == ["aten._to_copy.default", "aten.linear.default", "aten._to_copy.default"]
+    for again in (lambda: prepare(q, bf16()), lambda: convert(q, bf16())):
+        with pytest.raises(ConfigError):
+            again()
+
+
+@pytest.mark.parametrize("example", [None, (X,)])
+def test_saved_and_loaded(tmp_path: Path, example: Any) -> None:
+    model = net()
+    q = convert(net(), bf16(), example_inputs=example)
+    q.save(tmp_path / "q")
+    size = sum(f.stat().st_size for f in (tmp_path / "q").rglob("*.safetensors"))
+    assert size < 0.75 * sum(p.nbytes for p in model.parameters())  # of a small model: the header counts
+    again = load(tmp_path / "q") if example else load(tmp_path / "q", original_model=net())
+    assert torch.equal(again(X), q(X))
+
+
+@pytest.mark.skipif(not _half.has_kernels(torch.bfloat16), reason="oneDNN has no bfloat16 here")
+def test_kernels_are_called_with_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, bool]] = []
+    real = _half.HalfLayer.run
+
+    def counted(self: Any, x: Tensor, other: Tensor | None = None) -> Tensor:
+        calls.append((self.activation.name, other is not None))
+        assert self.weight.tensor.layout == torch._mkldnn and x.dtype == torch.bfloat16
+        return real(self, x, other)
+
+    q = convert(net(), bf16(), example_inputs=(X,), backend="inductor")
+    monkeypatch.setattr(_half.HalfLayer, "run", counted)
+    q(X)
+    assert calls == [("relu", False), ("hardtanh", False), ("none", True), ("gelu", False), ("none", False)]
+    targets = [str(n.target) for n in q.lowered.graph.nodes if n.op == "call_function"]
+    assert not any("aten.conv" in t or "aten.linear" in t or "gelu" in t for t in targets)
+
+
+@pytest.mark.skipif(not _half.has_kernels(torch.bfloat16), reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize("layer", [
+    nn.Conv1d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 3, stride=2, dilation=2), nn.Conv2d(4, 8, 3, groups=2, bias=False),
+    nn.Conv2d(4, 4, 3, padding="same", groups=4), nn.Conv3d(4, 8, 3, padding=1), nn.Linear(6, 5),
+    nn.Linear(6, 5, False), nn.ConvTranspose2d(4, 8, 3), nn.Conv2d(4, 8, 2, padding="same"),
+], ids=str)  # fmt: skip
+def test_packed_layers_give_what_torch_gives(layer: nn.Module) -> None:
+    """Against the same operator of torch in bfloat16; and the weight comes back bit for bit."""
+    dims = getattr(layer, "kernel_size", ())
+    shape = (2, 4, *[9] * len(dims)) if dims else (3, 7, 6)
+    x = torch.randn(shape)
+    q = convert(layer.eval(), bf16(), example_inputs=(x,), backend="inductor")
+    want = copy.deepcopy(layer).bfloat16()(x.bfloat16()).float()
+    torch.testing.assert_close(q(x), want, rtol=2**-7, atol=2**-7)
+    weights = [t for n, t in q.graph.named_buffers() if t.ndim > 1]
+    assert any(torch.equal(w, layer.weight.bfloat16()) for w in weights)  # type: ignore[operator]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freezing", [False, True])
+def test_compiled(freezing: bool) -> None:
+    import torch._inductor.config as inductor
+
+    q = convert(net(), bf16(), example_inputs=(X,))
+    with torch.no_grad(), inductor.patch(freezing=freezing):
+        torch._dynamo.reset()
+        close(torch.compile(q)(X), q(X), 0.01)
+
+
+@pytest.mark.skipif(not _half.has_kernels(torch.bfloat16), reason="oneDNN has no bfloat16 here")
+def test_any_batch() -> None:
+    model, batch = net(), torch.export.Dim.DYNAMIC
+    q = quantize(model, bf16(), example_inputs=(X,), dynamic_shapes=({0: batch},), backend="inductor")
+    for size in (1, 3, 9):
+        x = torch.randn(size, 3, 8, 8)
+        close(q(x), model(x))
+
+
+# -------------------------------------------------------------------------------------------------------- what is said
+def test_local_settings() -> None:
+    config = bf16().set_local("fc", MixedPrecisionConfig(dtype="fp32"))
+    config.set_local(nn.Conv2d, MixedPrecisionConfig(dtype="fp32"))
+    q = convert(net(), config, example_inputs=(X,))
+    assert set(dtypes(q).values()) == {torch.bfloat16, torch.float32}
+    assert [k for k, v in dtypes(q).items() if v == torch.bfloat16] == ["head"]
+    chosen = bf16().set_local(lambda op: op.name == "head", MixedPrecisionConfig(dtype="fp32"))
+    assert [k for k, v in dtypes(convert(net(), chosen, example_inputs=(X,))).items() if v == torch.float32] == ["head"]
+    layers = convert(net(), bf16().set_local("fc", MixedPrecisionConfig(dtype="fp32")))
+    assert type(layers.fc) is nn.Linear and type(layers.head) is not nn.Linear
+
+
+def test_white_list() -> None:
+    q = convert(net(), bf16(white_list=[nn.Linear]), example_inputs=(X,))
+    assert [k for k, v in dtypes(q).items() if v == torch.bfloat16] == ["fc", "head"]
+
+
+def test_formats_mixed_in_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_FP16", "1")
+    q = convert(net(), bf16().set_local("head", MixedPrecisionConfig(dtype="fp16")), example_inputs=(X,))
+    assert dtypes(q)["head"] == torch.float16 and dtypes(q)["fc"] == torch.bfloat16
+    close(q(X), net()(X))
+
+
+def _calibrated(config: Any, **kwargs: Any) -> Any:
+    return quantize(net(), config, lambda m: m(X), example_inputs=(X,), **kwargs)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_with_int8(backend: str, swap: bool) -> None:
+    """What is quantized stays so, whichever config is said first; the rest becomes half."""
+    static = StaticQuantConfig().set_local("head", StaticQuantConfig(w_dtype="fp32"))
+    with pytest.warns(IncWarning, match="two configs claim head"):  # float there, half here
+        q = _calibrated(bf16() + static if swap else static + bf16(), backend=backend)
+    head = next(n for n in q.graph.graph.nodes if n.name.startswith("linear") and val(n).dtype == torch.bfloat16)
+    assert peek_meta(head)["half"] == "bfloat16" and list(dtypes(q).values()).count(torch.bfloat16) == 1
+    close(q(X), net()(X), 0.1)
+
+
+def test_an_excluded_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="INT8StaticQuantConfig excludes bf16"):
+        prepare(net(), StaticQuantConfig(excluded_precisions=["bf16"]) + bf16(), example_inputs=(X,))
+
+
+def test_a_local_setting_of_another_method() -> None:
+    q = _calibrated(StaticQuantConfig().set_local("head", bf16()))
+    assert dtypes(q)["head"] == torch.bfloat16
+    layers = quantize(net(), StaticQuantConfig().set_local("head", bf16()), lambda m: m(X))
+    close(layers(X), net()(X), 0.1)
+    weights_only = convert(net(), RTNConfig(group_size=16) + bf16(), example_inputs=(X,))
+    close(weights_only(X), net()(X), 0.4)
+
+
+def test_autotune() -> None:
+    tried: list[float] = []
+    want = net()(X)
+
+    def score(model: Callable[[Tensor], Tensor]) -> float:
+        tried.append(float((model(X) - want).norm()))
+        return float(tried[-1] < 1e-4)
+
+    config = TuningConfig(config_set=[MixedPrecisionConfig(dtype=["bf16", "fp32"])])
+    best = autotune(net(), config, score, example_inputs=(X,))
+    assert best is not None and max(tried) > 1e-3
+    torch.testing.assert_close(best(X), want)
+
+
+# ------------------------------------------------------------------------------------------------ machines and mistakes
+@pytest.mark.parametrize("example", [None, (X,)])
+def test_a_machine_without_it(example: Any) -> None:
+    with pytest.warns(PrecisionWarning, match=r"float32 is used in the place of fp16.*FORCE_FP16=1") as told:
+        q = convert(net(), MixedPrecisionConfig(), example_inputs=example)
+    assert sum(w.category is PrecisionWarning for w in told) == 1
+    torch.testing.assert_close(q(X), net()(X))
+
+
+def test_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_FP16", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PrecisionWarning)
+        q = convert(net(), MixedPrecisionConfig(), example_inputs=(X,))
+    assert set(dtypes(q).values()) == {torch.float16}
+    close(q(X), net()(X))
+
+
+def test_part_of_it_missing() -> None:
+    """bfloat16 where it is asked for, float32 where float16 was."""
+    with pytest.warns(PrecisionWarning):
+        q = convert(net(), bf16().set_local("head", MixedPrecisionConfig()), example_inputs=(X,))
+    assert dtypes(q)["head"] == torch.float32 and dtypes(q)["fc"] == torch.bfloat16
+
+
+def test_what_machines_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_slow("bf16") is None and "avx512_fp16" in str(why_slow("fp16"))
+    assert why_slow("fp16", "cuda:0") is None
+    monkeypatch.setattr(CpuInfo, "fp16", True)
+    assert why_slow("fp16") is None
+    info = CpuInfo()
+    monkeypatch.undo()
+    info.__dict__["_flags"] = {"avx512f", "avx512_fp16"}
+    assert info.fp16 and not info.bf16
+
+
+def test_fp32_leaves_the_model() -> None:
+    q = convert(net(), MixedPrecisionConfig(dtype="fp32"), example_inputs=(X,))
+    torch.testing.assert_close(q(X), net()(X))
+
+
+def test_unknown_dtype() -> None:
+    with pytest.raises(ConfigError, match="'fp16', 'bf16', 'fp32'"):
+        MixedPrecisionConfig(dtype="fp8")
+
+
+@pytest.mark.parametrize("example", [None, (X.bfloat16(),)])
+def test_a_model_that_is_half_already(example: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)).bfloat16().eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match="bfloat16, not float32"):
+        convert(model, bf16(), example_inputs=example)
+    assert all(type(m) is nn.Conv2d for m in (model[0], model[2]))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_it_keeps_its_dtypes() -> None:
+    q = convert(net(), bf16(), example_inputs=(X,), backend="eager")
+    with pytest.raises(IncError, match="mixed precision"):
+        q.double()
+    close(q.to("cpu").eval()(X), net()(X))
