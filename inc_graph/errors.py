@@ -21,6 +21,7 @@ __all__ = [
     "PatternError",
     "SavedModelError",
     "SpecError",
+    "TrainingError",
     "UnknownNameError",
     "UnusedRuleWarning",
     "VerifyError",
@@ -75,6 +76,10 @@ class CaptureError(IncError):
 
 class CalibrationError(IncError):
     """Statistics are missing, empty or unusable."""
+
+
+class TrainingError(IncError, ArithmeticError):
+    """Quantization-aware training met values or gradients that are not finite."""
 
 
 class PatternError(IncError):

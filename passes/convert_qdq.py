@@ -11,6 +11,7 @@ reader sees the same form. One weight tensor that several layers share becomes o
 from __future__ import annotations
 
 import math
+import operator
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -20,12 +21,14 @@ from torch import fx
 
 from inc_graph.calibrate import Observer
 from inc_graph.errors import CalibrationError, IncError
+from inc_graph.fake_quantizer import TRAINED
 from inc_graph.gram import GramObserver
 from inc_graph.graph import (
     erase_dead,
     get_attr,
     get_tensor,
     inc_meta,
+    insert_call,
     module_path,
     peek_meta,
     replace_uses,
@@ -34,7 +37,7 @@ from inc_graph.graph import (
 )
 from inc_graph.in_sequence import IN_SEQUENCE, InSequence
 from inc_graph.oppattern import argument, pattern_of, set_arguments
-from inc_graph.ops import DEQUANTIZE, QUANTIZE, UNPACK
+from inc_graph.ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, UNPACK
 from inc_graph.packing import pack
 from inc_graph.passes._codes import codes_by_range, codes_of_weight, needs_zero_point
 from inc_graph.passes._place import Maker
@@ -153,18 +156,32 @@ def _read_codes(state: _State, name: str, codes: Codes, like: fx.Node) -> fx.Nod
     return state.make.call(_RESHAPE, (rows, shape), after=rows, like=like)
 
 
+def _found_at_run_time(state: _State, value: fx.Node, spec: QSpec, block: list[int]) -> Params:
+    """Scale and zero point of a value from the value itself, behind it in the graph."""
+    args, first = (value, block, spec.qtype, spec.scheme), state.make.first
+    where: dict[str, fx.Node] = {"before": first} if value < first else {"after": value}
+    call = insert_call(state.gm, CHOOSE_QPARAMS, args, like=value, **where)
+    scale = insert_call(state.gm, operator.getitem, (call, 0), after=call, like=value)
+    if spec.scheme == "symmetric" and spec.type.signed:
+        return scale, None
+    return scale, insert_call(state.gm, operator.getitem, (call, 1), after=scale, like=value)
+
+
 def _pair(state: _State, value: fx.Node, key: str, quant: dict[str, Any]) -> None:
     spec = QSpec.from_json(quant["spec"])
     fake: torch.Tensor = value.meta["val"]
     group = (quant["group"], key)
-    how = (*_params(state, group, fake.ndim, spec), list(spec.block(fake.ndim)), spec.qtype)
+    block = list(spec.block(fake.ndim))
+    params = _found_at_run_time(state, value, spec, block) if spec.dynamic else _params(state, group, fake.ndim, spec)
+    how = (*params, block, spec.qtype)
     readers = [u for u in value.users if peek_meta(u).get("reads", {}).get(value.name) == key]
-    if value.op == "get_attr":  # a parameter: quantized now
+    if value.op == "get_attr" and not spec.dynamic:  # a parameter: quantized now
         tensor = get_tensor(state.gm, value)
         codes = codes_by_range(tensor, *(t.reshape((1,) * tensor.ndim) for t in state.groups[group]), spec)
         q = _read_codes(state, f"{value.target}_q", codes, value)
     else:
-        q = state.make.call(QUANTIZE, (value, *how), after=value, like=value)
+        after = _last(*params) if spec.dynamic else value
+        q = state.make.call(QUANTIZE, (value, *how), after=after, like=value)
     dq = state.make.call(DEQUANTIZE, (q, *how, fake.dtype), after=q, like=value)
     replace_uses(value, dq, only=readers)
 
@@ -179,9 +196,14 @@ def _weight(state: _State, layer: fx.Node) -> None:
     gram = annotation.pop("gram", None)
     tensor = get_tensor(state.gm, read)
     memory = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
-    identity = (memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"])
+    trained = state.gm.meta.get(TRAINED, {}).get(layer.name)
+    own = None if trained is None else layer.name  # a learned scale is one layer's
+    identity = (memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"], own)
     if identity not in state.weights:
-        codes = _solved(layer, tensor, annotation, state.grams.get(gram))
+        if trained is None:
+            codes = _solved(layer, tensor, annotation, state.grams.get(gram))
+        else:
+            codes = codes_by_range(tensor, *trained, QSpec.from_json(annotation["spec"]))
         name = read.target.replace(".", "_")
         state.weights[identity] = _dequantized(state, name, codes, tensor.dtype, layer), codes
     values, codes = state.weights[identity]

@@ -94,8 +94,10 @@ def _observe(state: _State, value: fx.Node, key: str, quant: dict[str, Any]) -> 
     if not readers:
         raise PassError("annotated as quantized but read by nobody", node=value)
     group = (quant["group"], key)
+    spec = QSpec.from_json(quant["spec"])
+    if spec.dynamic:  # its scale is found at run time
+        return
     if group not in state.observers:
-        spec = QSpec.from_json(quant["spec"])
         kind = Observer if len(state.ranks[group]) == 1 else RowObserver
         module = kind(make_estimator(quant["algorithm"]), spec, value.name, module_path(value))
         state.observers[group] = set_module(state.gm, f"observer_{quant['group']}", module)
