@@ -28,7 +28,8 @@ from inc_graph.options import make_algorithm, needs_inputs
 from inc_graph.spec import PerTensor, QSpec, scale_shape
 
 __all__ = [
-    "TRAINED", "FakeQuantizer", "LearnedStep", "OwnScale", "TrackedRange", "TrainedObserver", "refuse_bad_gradients",
+    "TRAINED", "FakeQuantizer", "LearnedStep", "OwnScale", "TrackedRange", "TrainedObserver", "quantizer_for",
+    "refuse_bad_gradients",
 ]  # fmt: skip
 
 TRAINED = "inc_trained"  # in `gm.meta`: {name of a layer: (scale, zero point) that were learned for its weight}
@@ -50,6 +51,7 @@ class FakeQuantizer(nn.Module):
     def __init__(self, spec: QSpec, what: str, path: str, check: bool = True) -> None:
         super().__init__()
         self.spec, self.what, self.path, self.check = spec, what, path, check
+        self.watch = False  # refuse gradients that are not finite, too
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` rounded, in its dtype. TrainingError if it holds NaN or infinity."""
@@ -57,7 +59,10 @@ class FakeQuantizer(nn.Module):
             return torch.where(x.isfinite(), self.rounded(x), x)
         if self.check and not x.is_meta and not bool(x.detach().isfinite().all()):
             raise self._bad(x)
-        return self.rounded(x)
+        y = self.rounded(x)
+        if self.watch and self.check:
+            refuse_bad_gradients(y, self.path)
+        return y
 
     def rounded(self, x: Tensor) -> Tensor:
         """`x` rounded; it is finite."""
@@ -307,6 +312,24 @@ def _mean_of_blocks(x: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ together
+def quantizer_for(
+    spec: QSpec, algorithm: str, weight: Tensor | None, path: str, learn_scales: bool, freeze_after: int | None,
+    check: bool,
+) -> FakeQuantizer:  # fmt: skip
+    """The fake quantizer of a weight, or of an input (`weight` None).
+
+    Raises:
+        ConfigError: this format, or this algorithm, cannot be trained for.
+    """
+    what = "input" if weight is None else "weight"
+    learned = learn_scales and not spec.dynamic and spec.type.scale_format == "float32"
+    if learned and (weight is None or algorithm == "minmax"):
+        return LearnedStep(spec, what, path, check, weight)
+    if weight is None and not spec.dynamic:
+        return TrackedRange(spec, what, path, check, freeze_after)
+    return OwnScale(spec, what, path, check, algorithm)
+
+
 class TrainedObserver(Observer):
     """What training has found, as an observer that has seen data.
 

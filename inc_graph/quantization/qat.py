@@ -16,7 +16,7 @@ from torch import nn
 from inc_graph.errors import CalibrationError, ConfigError, IncWarning
 from inc_graph.export import check_model, refuse_quantized, unwrap
 from inc_graph.fake_quantizer import FakeQuantizer
-from inc_graph.quantization import module_scope
+from inc_graph.quantization import module_scope, qat_graph
 from inc_graph.quantization.layers import call_every_layer, leaves, own_copy
 from inc_graph.quantization.predicates import bind_predicates, layers_of
 from inc_graph.quantization.qat_layer import (
@@ -33,9 +33,10 @@ from inc_graph.quantization.qat_mapping import recipe_for
 from inc_graph.recipe import Recipe
 from inc_graph.registry import BACKENDS
 from inc_graph.report import OpLine
+from inc_graph.trained_modules import Norm
 from inc_graph.utils.device import choose_backend, detect_device
 
-__all__ = ["convert", "freeze_observers", "is_prepared", "prepare_qat"]
+__all__ = ["convert", "freeze_batch_norm", "freeze_observers", "is_prepared", "prepare_qat"]
 
 _MARK = "_inc_qat"
 
@@ -54,6 +55,8 @@ def prepare_qat(
     mapping: Any = None,
     inplace: bool = True,
     *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
     learn_scales: bool = False,
     freeze_after: int | None = None,
     check_finite: bool = True,
@@ -69,7 +72,11 @@ def prepare_qat(
         mapping: {layers: format}, with keys as `set_local` has them (a module class, a name or regular expression, a
             predicate) and formats by name ("MXFP8", "MXFP4", "INT8", "INT4", ...), as configs, or None for float; or a
             config. None: {torch.nn.Linear: "MXFP8"}.
-        inplace: True prepares the model itself, False a copy.
+        inplace: True prepares the model itself, False a copy. With example inputs a graph is returned, whose parameters
+            are those of the model, or of a copy.
+        example_inputs: Tuple, tensor or dict; with them the model is exported, and functions and sums between layers are
+            trained for as well; batch norms are folded. Without them it is trained layer by layer.
+        dynamic_shapes: As for `torch.export.export`; only with `example_inputs`.
         learn_scales: Train scales as parameters (LSQ) where the format allows it: make the optimizer afterwards.
         freeze_after: Batches after which ranges of activations stay as they are; None: `freeze_observers` says when.
         check_finite: Refuse NaN and infinity in a layer, and in the gradients that come back to it, with its name.
@@ -81,7 +88,7 @@ def prepare_qat(
     Raises:
         ConfigError: the model is in eval mode, prepared or converted; the mapping names no known format or no layer; a
             layer cannot be trained. Nothing has been changed then.
-        CaptureError: it is no model.
+        CaptureError: it is no model, or cannot be exported with these inputs.
     """
     model = unwrap(model)
     if isinstance(model, nn.Module) and is_prepared(model):
@@ -90,6 +97,8 @@ def prepare_qat(
         check_model(model)
     refuse_quantized(model)
     _check_options(learn_scales, freeze_after, check_finite)
+    if dynamic_shapes is not None and example_inputs is None:
+        raise ConfigError("dynamic_shapes cannot be used here: they need example_inputs", hint="give both")
     if not model.training:
         hint = "call model.train() first; layers that are to keep their mode can be set back afterwards"
         raise ConfigError(f"the model ({type(model).__name__}) is in eval mode", hint=hint)
@@ -97,6 +106,9 @@ def prepare_qat(
     if note:
         warnings.warn(note, IncWarning, stacklevel=2)
     recipe, predicates = recipe_for(mapping, name, BACKENDS.get(name).supported())
+    if example_inputs is not None:
+        how = qat_graph.options(learn_scales, freeze_after, check_finite)
+        return qat_graph.prepare(model, recipe, predicates, inplace, example_inputs, dynamic_shapes, how)
     recipe = bind_predicates(recipe, predicates, layers_of(model))
     options = TrainingOptions(learn_scales, freeze_after, check_finite)
     plan, floats = module_scope.look(model, recipe)
@@ -123,7 +135,7 @@ def _check_options(learn_scales: Any, freeze_after: Any, check_finite: Any) -> N
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether `prepare_qat` has prepared this model."""
-    return _MARK in model.__dict__
+    return _MARK in model.__dict__ or qat_graph.is_prepared(model)
 
 
 def freeze_observers(model: nn.Module) -> None:
@@ -145,6 +157,21 @@ def freeze_observers(model: nn.Module) -> None:
         quantizer.freeze()
 
 
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let the batch norms of a graph in training normalize by their running statistics, which stay as they are now.
+
+    Raises:
+        ConfigError: the model is no graph that is prepared for training, or has no batch norm.
+    """
+    model = unwrap(model)
+    found = [m for m in model.modules() if isinstance(m, Norm)]
+    if not qat_graph.is_prepared(model) or not found:
+        why = "has no batch norm" if qat_graph.is_prepared(model) else "is no graph that is prepared for training"
+        raise ConfigError(f"the model {why}", hint="layer by layer, call eval() of the batch norms themselves")
+    for norm in found:
+        norm.freeze()
+
+
 # ------------------------------------------------------------------------------------------------------------- convert
 def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     """The trained model as post-training quantization would give it, with the scales of training.
@@ -155,6 +182,8 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
         CalibrationError: no layer has seen a training batch.
         TrainingError: a weight is not finite; names the layer.
     """
+    if qat_graph.is_prepared(model):
+        return qat_graph.convert(model, backend)
     if not inplace:
         model = own_copy(model)
     facts: _Facts = model.__dict__[_MARK]

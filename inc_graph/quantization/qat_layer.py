@@ -20,9 +20,8 @@ from inc_graph.fake_quantizer import (
     TRAINED,
     FakeQuantizer,
     LearnedStep,
-    OwnScale,
-    TrackedRange,
     TrainedObserver,
+    quantizer_for,
     refuse_bad_gradients,
 )
 from inc_graph.graph import get_attr, peek_meta
@@ -127,13 +126,7 @@ def make_quantizers(layer: nn.Module, leaf: Leaf, options: TrainingOptions) -> L
 
 
 def _quantizer(spec: QSpec, algorithm: str, weight: Any, path: str, options: TrainingOptions) -> FakeQuantizer:
-    what = "input" if weight is None else "weight"
-    learned = options.learn_scales and not spec.dynamic and spec.type.scale_format == "float32"
-    if learned and (weight is None or algorithm == "minmax"):
-        return LearnedStep(spec, what, path, options.check, weight)
-    if weight is None and not spec.dynamic:
-        return TrackedRange(spec, what, path, options.check, options.freeze_after)
-    return OwnScale(spec, what, path, options.check, algorithm)
+    return quantizer_for(spec, algorithm, weight, path, options.learn_scales, options.freeze_after, options.check)
 
 
 def _input_spec(gm: fx.GraphModule) -> QSpec | None:
