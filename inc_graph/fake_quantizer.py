@@ -104,7 +104,7 @@ class _OwnScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Sequence[int], qtype: str, scheme: str) -> Tensor:
         scale, zero = CHOOSE_QPARAMS(x, block, qtype, scheme)
-        return FAKE_QUANTIZE(x, scale, zero, block, qtype)  # type: ignore[no-any-return]
+        return FAKE_QUANTIZE(x, scale, zero, block, qtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -117,8 +117,8 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, algorithm: Any, spec: QSpec) -> Tensor:
         if isinstance(algorithm, RangeEstimator):
-            return FAKE_QUANTIZE(x, *algorithm.estimate(x, spec), spec.block(x.ndim), spec.qtype)  # type: ignore[no-any-return]
-        return algorithm.solve(x, spec).values().to(x.dtype)  # type: ignore[no-any-return]
+            return FAKE_QUANTIZE(x, *algorithm.estimate(x, spec), spec.block(x.ndim), spec.qtype)
+        return algorithm.solve(x, spec).values().to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -144,13 +144,13 @@ class OwnScale(FakeQuantizer):
 
     def rounded(self, x: Tensor) -> Tensor:
         if self.algorithm is not None:
-            return _Solved.apply(x, self.algorithm, self.spec)  # type: ignore[no-any-return, no-untyped-call]
+            return _Solved.apply(x, self.algorithm, self.spec)
         block = self.spec.block(x.ndim)
-        return _OwnScale.apply(x, block, self.spec.qtype, self.spec.scheme)  # type: ignore[no-any-return, no-untyped-call]
+        return _OwnScale.apply(x, block, self.spec.qtype, self.spec.scheme)
 
     def params(self, x: Tensor | None = None) -> Scale:
         assert x is not None
-        return CHOOSE_QPARAMS(x.detach(), self.spec.block(x.ndim), self.spec.qtype, self.spec.scheme)  # type: ignore[no-any-return]
+        return CHOOSE_QPARAMS(x.detach(), self.spec.block(x.ndim), self.spec.qtype, self.spec.scheme)
 
 
 # ------------------------------------------------------------------------------------------------------ tracked ranges
@@ -196,7 +196,7 @@ class TrackedRange(FakeQuantizer):
         scale, zero = self.params()
         shape = (1,) * x.ndim
         zero = None if zero is None else zero.reshape(shape)
-        return FAKE_QUANTIZE(x, scale.reshape(shape), zero, self.spec.block(x.ndim), self.spec.qtype)  # type: ignore[no-any-return]
+        return FAKE_QUANTIZE(x, scale.reshape(shape), zero, self.spec.block(x.ndim), self.spec.qtype)
 
     @torch.no_grad()
     def _track(self, x: Tensor) -> None:
@@ -275,11 +275,11 @@ class LearnedStep(FakeQuantizer):
         shared = max(per_sample // max(self.step.numel(), 1), 1)
         scale, zero = self.params()
         top = max(abs(float(self.spec.type.qmax)), 1.0)
-        scale = _ScaledGradient.apply(scale, (shared * top) ** -0.5)  # type: ignore[no-untyped-call]
+        scale = _ScaledGradient.apply(scale, (shared * top) ** -0.5)
         if self.step.ndim != x.ndim:
             shape = (1,) * x.ndim
             scale, zero = scale.reshape(shape), None if zero is None else zero.reshape(shape)
-        return FAKE_QUANTIZE(x, scale, zero, self.spec.block(x.ndim), self.spec.qtype)  # type: ignore[no-any-return]
+        return FAKE_QUANTIZE(x, scale, zero, self.spec.block(x.ndim), self.spec.qtype)
 
     @torch.no_grad()
     def _begin(self, x: Tensor, together: bool = False) -> None:

@@ -134,7 +134,7 @@ def _as_inference(
     counts = [n for n in writes if n.args[0].op == "get_attr" and n.args[0].target == name]
     notes["count"] = name if counts else None
     new = insert_call(gm, _FIXED, (x, *reads, notes["momentum"], notes["eps"]), before=node, like=node)
-    result = insert_call(gm, operator.getitem, (new, 0), before=node, like=node)
+    result = insert_call(gm, operator.getitem, (new, 0), before=node, like=node, name="batch_norm")
     for user in list(node.users):
         if user.args[1] == 0:
             replace_uses(user, result)

@@ -1,9 +1,9 @@
 """From the graph that was trained to one that is converted: trainable -> observed.
 
-    fake quantizer of a value      -> an observer that gives the scale of training
-    fake quantizer of a weight     -> gone; a learned scale is noted for `convert-qdq`, which finds any other again
-    k W, norm behind a layer       -> the weight k W and the bias of evaluation
-    other norms, dropout           -> as in evaluation
+fake quantizer of a value      -> an observer that gives the scale of training
+fake quantizer of a weight     -> gone; a learned scale is noted for `convert-qdq`, which finds any other again
+k W, norm behind a layer       -> the weight k W and the bias of evaluation
+other norms, dropout           -> as in evaluation
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _norm(gm: fx.GraphModule, node: fx.Node) -> None:
     notes = peek_meta(node)["norm"]
     args = (*node.args[:5], notes["momentum"], notes["eps"])
     call = insert_call(gm, aten._native_batch_norm_legit_no_training.default, args, after=node, like=node)
-    result = insert_call(gm, operator.getitem, (call, 0), after=call, like=node)
+    result = insert_call(gm, operator.getitem, (call, 0), after=call, like=node, name="batch_norm")
     replace_uses(node, result)
     take_over(gm, node, result)
 

@@ -37,6 +37,12 @@ QUICK = {
         r"still a Classifier; equal: True",
         r"damaged: inc_graph.json: field 'format' is not 'inc_graph'",
     ],
+    "train_with_quantization": [
+        r"float +9\d\.\d %",
+        r"MXFP4, as it is +[89]\d\.\d %\nMXFP4, trained with it +9\d\.\d %\n",
+        r"INT4, as it is +\d\d\.\d %\nINT4, trained with it +9\d\.\d %\n",
+        r"converted and trained differ by \d\.\de[-+]0[05-9]",
+    ],
     "add_your_own_backend": [
         r"linear +│ +1 │ integer linear",
         r"conv1d +│ +1 │ float: backend 'plain_integers' has no quantized kernel for conv1d",

@@ -145,7 +145,7 @@ def test_tracked_range_is_the_mean_of_its_batches_and_can_be_frozen(model: Net) 
     assert float(range_of.high) == pytest.approx(3)
 
     prepare_qat(model, {nn.Linear: "INT8"})
-    with pytest.raises(CalibrationError, match="no range yet.*'fc1'"):
+    with pytest.raises(CalibrationError, match=r"no range yet.*'fc1'"):
         freeze_observers(model)
     train(model, 1)
     freeze_observers(model)
@@ -223,8 +223,9 @@ def test_what_a_mapping_speaks_of(model: Net) -> None:
     prepare_qat(model, {wide: "MXFP4", "fc2$": "INT8", "head": None})
     trained = {n: m.fake_quant.weight.spec.qtype for n, m in model.named_modules() if hasattr(m, "fake_quant")}
     assert trained == {"fc1": "mxfp4", "fc2": "int8"}
-    q = convert(model) if train(model, 1) else None
-    assert q is not None and {line.module: line.detail for line in q.report.floats}["head"] == "kept float by mapping['head']"
+    train(model, 1)
+    reasons = {line.module: line.detail for line in convert(model).report.floats}
+    assert reasons["head"] == "kept float by mapping['head']"
 
     with pytest.warns(UnusedRuleWarning, match=r"mapping\['nothing'\] matched no operator"):
         prepare_qat(Net().train(), {nn.Linear: "INT8", "nothing": "INT4"})
@@ -353,10 +354,10 @@ def test_what_is_not_finite_is_named(model: Net) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(TrainingError, match=r"the input has \d+ NaN and 0 infinite values \[module 'fc1'\]"):
         model(X * torch.nan)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     with pytest.raises(TrainingError, match=r"gradient .* not finite \[module 'head'\]\n.*the loss"):
         (model(X).sum() * torch.inf).backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if "head" not in n)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k.startswith("fc1.fake_quant"[:3]) and "fake" not in k)
     with torch.no_grad():
         model.fc2.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"the weight has 1 NaN .*'fc2'"):
@@ -370,7 +371,7 @@ def test_untrained_and_unreached(model: Net) -> None:
     prepare_qat(model, {nn.Linear: "INT8"})
     with pytest.raises(CalibrationError, match="seen no training batch"):
         convert(model)
-    with pytest.raises(CalibrationError, match="no range yet.*'fc1'"):
+    with pytest.raises(CalibrationError, match=r"no range yet.*'fc1'"):
         model.eval()(X)
     model.train().fc1(torch.randn(2, 128))
     with pytest.warns(match="layers saw no calibration data and stay float: fc2, head"):

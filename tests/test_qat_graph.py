@@ -118,9 +118,7 @@ def test_converted_is_what_was_trained(mapping: Any, options: dict[str, Any], tm
 def test_without_rounding_it_is_the_float_model_in_both_modes() -> None:
     """16-bit weights alone: batch norms, folded or not, their statistics and gradients are those of torch."""
     model, twin = make(0.0), make(0.0)
-    config = StaticQuantConfig(w_dtype="int8", act_dtype="fp32").set_local(
-        nn.Conv2d, StaticQuantConfig(w_dtype="fp32")
-    )
+    config = StaticQuantConfig(w_dtype="int8", act_dtype="fp32").set_local(nn.Conv2d, StaticQuantConfig(w_dtype="fp32"))
     gm = prepare_qat(model, config, example_inputs=(X,))
     for module in gm.modules():
         if hasattr(module, "rounded"):
@@ -262,7 +260,7 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = prepare_qat(model, W8A8, example_inputs=(X,))
     with pytest.raises(ConfigError, match="prepared for training already"):
         prepare_qat(gm, W8A8)
-    with pytest.raises(CalibrationError, match="no calibration data|no training batch"):
+    with pytest.raises(CalibrationError, match="no calibration data"):
         convert(gm)
     with pytest.raises(CalibrationError, match="the input has no range yet"):
         gm.eval()(X)

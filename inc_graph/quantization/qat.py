@@ -1,8 +1,8 @@
 """Quantization-aware training: `prepare_qat`, the user's own training loop, `convert`.
 
-Layer by layer (see `qat_layer`): the model and its layers stay the user's own objects. What each layer is trained for is
-read from the same annotated graph that post-training quantization makes of it, and `convert` goes its way, with the
-scales of training where calibration would have been.
+Layer by layer (see `qat_layer`): the model and its layers stay the user's own objects. What each layer is trained for
+is read from the same annotated graph that post-training quantization makes of it, and `convert` goes its way, with the
+scales of training where calibration would have been. With example inputs: see `qat_graph`.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def prepare_qat(
             config. None: {torch.nn.Linear: "MXFP8"}.
         inplace: True prepares the model itself, False a copy. With example inputs a graph is returned, whose parameters
             are those of the model, or of a copy.
-        example_inputs: Tuple, tensor or dict; with them the model is exported, and functions and sums between layers are
-            trained for as well; batch norms are folded. Without them it is trained layer by layer.
+        example_inputs: Tuple, tensor or dict; with them the model is exported, and functions and sums between layers
+            are trained for as well; batch norms are folded. Without them it is trained layer by layer.
         dynamic_shapes: As for `torch.export.export`; only with `example_inputs`.
         learn_scales: Train scales as parameters (LSQ) where the format allows it: make the optimizer afterwards.
         freeze_after: Batches after which ranges of activations stay as they are; None: `freeze_observers` says when.
@@ -114,7 +114,9 @@ def prepare_qat(
     plan, floats = module_scope.look(model, recipe)
     made = {paths[0]: make_quantizers(model.get_submodule(paths[0]), leaf, options) for paths, leaf in plan if leaf}
     if not made:
-        reasons = "; ".join(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats)) or "it has no Linear, Conv or Embedding"
+        reasons = (
+            "; ".join(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats)) or "it has no Linear, Conv or Embedding"
+        )
         raise ConfigError(f"the mapping matches nothing that can be trained ({reasons})", hint="see the reasons")
     if not inplace:
         model = own_copy(model)

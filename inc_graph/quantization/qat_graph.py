@@ -1,4 +1,4 @@
-"""Quantization-aware training of an exported graph: captured in training, annotated as inference, trained, converted."""
+"""Quantization-aware training of an exported graph: captured in training, annotated as inference."""
 
 from __future__ import annotations
 

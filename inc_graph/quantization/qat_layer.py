@@ -62,7 +62,7 @@ def _linear(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _conv(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    return layer._conv_forward(x, weight, layer.bias)  # type: ignore[no-any-return]
+    return layer._conv_forward(x, weight, layer.bias)
 
 
 def _embedding(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def tell(leaf: Leaf, quantizers: LayerQuantizers) -> None:
     if isinstance(quantizers.weight, LearnedStep):
         anchor = next(n for n in gm.graph.nodes if "weight" in peek_meta(n))
         scale, zero = (None if t is None else t.detach().clone() for t in quantizers.weight.params())
-        zero = scale.new_zeros(scale.shape, dtype=torch.int32) if zero is None else zero  # type: ignore[union-attr, call-overload]
+        zero = scale.new_zeros(scale.shape, dtype=torch.int32) if zero is None else zero  # type: ignore[union-attr]
         gm.meta[TRAINED] = {anchor.name: (scale, zero.int())}
 
 

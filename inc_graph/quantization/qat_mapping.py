@@ -1,9 +1,9 @@
 """What `prepare_qat` is told to train: names of formats by layer, or a config; both become a recipe.
 
-    None                              {torch.nn.Linear: "MXFP8"}
-    {nn.Linear: "MXFP4", "head": None}    keys as `set_local` has them; None and "fp32" leave float
-    {nn.Linear: StaticQuantConfig()}  a config for what the key speaks of
-    StaticQuantConfig(...)            with its own local settings
+None                              {torch.nn.Linear: "MXFP8"}
+{nn.Linear: "MXFP4", "head": None}    keys as `set_local` has them; None and "fp32" leave float
+{nn.Linear: StaticQuantConfig()}  a config for what the key speaks of
+StaticQuantConfig(...)            with its own local settings
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ _FLOAT = ("fp32", "float32")
 _PREPARE = "fold-constants,canonicalize,fold-conv-bn,annotate,insert-observers"
 
 
-def recipe_for(
-    mapping: Any, backend: str, supported: tuple[str, ...] | None
-) -> tuple[Recipe, dict[int, Any]]:
+def recipe_for(mapping: Any, backend: str, supported: tuple[str, ...] | None) -> tuple[Recipe, dict[int, Any]]:
     """(recipe, {index of a rule: predicate}) of what the user gave.
 
     Raises:

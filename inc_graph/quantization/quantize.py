@@ -6,4 +6,13 @@ from inc_graph.quantization.api import convert, finalize_calibration, prepare, q
 from inc_graph.quantization.qat import freeze_batch_norm, freeze_observers, prepare_qat
 from inc_graph.quantization.tuning import autotune
 
-__all__ = ["autotune", "convert", "finalize_calibration", "freeze_batch_norm", "freeze_observers", "prepare", "prepare_qat", "quantize"]
+__all__ = [
+    "autotune",
+    "convert",
+    "finalize_calibration",
+    "freeze_batch_norm",
+    "freeze_observers",
+    "prepare",
+    "prepare_qat",
+    "quantize",
+]
