@@ -36,7 +36,7 @@ from inc_graph.report import OpLine
 from inc_graph.trained_modules import Norm
 from inc_graph.utils.device import choose_backend, detect_device
 
-__all__ = ["convert", "freeze_batch_norm", "freeze_observers", "is_prepared", "prepare_qat"]
+__all__ = ["convert", "freeze_batch_norm", "freeze_observers", "is_prepared", "prepare"]
 
 _MARK = "_inc_qat"
 
@@ -50,46 +50,19 @@ class _Facts:
     flags: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # (module, attribute, value before)
 
 
-def prepare_qat(
+def prepare(
     model: nn.Module,
-    mapping: Any = None,
-    inplace: bool = True,
+    mapping: Any,
+    inplace: bool,
     *,
-    example_inputs: Any = None,
-    dynamic_shapes: Any = None,
-    learn_scales: bool = False,
-    freeze_after: int | None = None,
-    check_finite: bool = True,
-    backend: str = "auto",
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    learn_scales: bool,
+    freeze_after: int | None,
+    check_finite: bool,
+    backend: str,
 ) -> nn.Module:
-    """Make a model ready for quantization-aware training.
-
-    Layers that are trained for a format stay what they are, under their names, with their parameters: an optimizer that
-    was made before goes on working, and a checkpoint of the float model can be loaded into the prepared one.
-
-    Args:
-        model: In train mode.
-        mapping: {layers: format}, with keys as `set_local` has them (a module class, a name or regular expression, a
-            predicate) and formats by name ("MXFP8", "MXFP4", "INT8", "INT4", ...), as configs, or None for float; or a
-            config. None: {torch.nn.Linear: "MXFP8"}.
-        inplace: True prepares the model itself, False a copy. With example inputs a graph is returned, whose parameters
-            are those of the model, or of a copy.
-        example_inputs: Tuple, tensor or dict; with them the model is exported, and functions and sums between layers
-            are trained for as well; batch norms are folded. Without them it is trained layer by layer.
-        dynamic_shapes: As for `torch.export.export`; only with `example_inputs`.
-        learn_scales: Train scales as parameters (LSQ) where the format allows it: make the optimizer afterwards.
-        freeze_after: Batches after which ranges of activations stay as they are; None: `freeze_observers` says when.
-        check_finite: Refuse NaN and infinity in a layer, and in the gradients that come back to it, with its name.
-        backend: The backend that `convert` is to lower to.
-
-    Returns:
-        The prepared model. Train it, then give it to `convert`.
-
-    Raises:
-        ConfigError: the model is in eval mode, prepared or converted; the mapping names no known format or no layer; a
-            layer cannot be trained. Nothing has been changed then.
-        CaptureError: it is no model, or cannot be exported with these inputs.
-    """
+    """See `quantize.prepare_qat`."""
     model = unwrap(model)
     if isinstance(model, nn.Module) and is_prepared(model):
         raise ConfigError("the model is prepared for training already", hint="train it, then call convert")
@@ -104,7 +77,7 @@ def prepare_qat(
         raise ConfigError(f"the model ({type(model).__name__}) is in eval mode", hint=hint)
     name, note = choose_backend(backend, detect_device(model))
     if note:
-        warnings.warn(note, IncWarning, stacklevel=2)
+        warnings.warn(note, IncWarning, stacklevel=3)
     recipe, predicates = recipe_for(mapping, name, BACKENDS.get(name).supported())
     if example_inputs is not None:
         how = qat_graph.options(learn_scales, freeze_after, check_finite)
