@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inc_graph.quantization import StaticQuantConfig, convert, prepare, prepare_qat
@@ -67,23 +68,54 @@ class Classifier(nn.Module):
         return self.vit(x).logits  # type: ignore[no-any-return]
 
 
-def train(model: nn.Module, data: Data, epochs: int, rate: float, seed: int) -> float:
-    """Train with AdamW and a cosine schedule; seconds that it took."""
+def train(model: nn.Module, data: Data, epochs: int, rate: float, seed: int, file: Path | None = None) -> float:
+    """Train with AdamW, the rate rising for a tenth of the steps and then falling; seconds that it took.
+
+    With a file, each epoch ends with a checkpoint there, and training that was interrupted goes on from it.
+    """
     images, labels, *_ = data
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    steps = epochs * -(-len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    start = time.perf_counter()
+    steps, step, seconds = epochs * -(-len(images) // BATCH), 0, 0.0
+    first = 0
+    if file is not None and file.exists():
+        first, seconds = _resume(model, optimizer, file)
+        step = first * steps // epochs
     model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=generator).split(BATCH):
+    for epoch in range(first, epochs):
+        start = time.perf_counter()
+        torch.manual_seed(1000 * seed + epoch)
+        for batch in torch.randperm(len(images)).split(BATCH):
+            optimizer.param_groups[0]["lr"] = rate * min(10 * (step + 1) / steps, (steps - step) / (0.9 * steps), 1.0)
             optimizer.zero_grad(set_to_none=True)
             nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
-            schedule.step()
-    return time.perf_counter() - start
+            step += 1
+        seconds += time.perf_counter() - start
+        if file is not None:
+            _checkpoint(model, optimizer, file, epoch + 1, seconds)
+    return seconds
+
+
+def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path, epoch: int, seconds: float) -> None:
+    tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    save_file(tensors, file.with_suffix(".new"), {"epoch": str(epoch), "seconds": str(seconds)})
+    file.with_suffix(".new").replace(file)
+
+
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> tuple[int, float]:
+    """(epochs done, seconds that they took)."""
+    with safe_open(file, "pt") as f:
+        facts, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return int(facts["epoch"]), float(facts["seconds"])
 
 
 @torch.no_grad()
@@ -99,14 +131,12 @@ def float_model(seed: int, data: Data, cache: Path | None) -> nn.Module:
     """Trained, or from the cache."""
     torch.manual_seed(seed)
     model = Classifier()
-    file = None if cache is None else cache / f"vit_{seed}.safetensors"
-    if file is not None and file.exists():
-        model.load_state_dict(load_file(file))
-    else:
-        train(model, data, EPOCHS, RATE, seed)
-        if file is not None:
-            save_file(model.state_dict(), file)
+    train(model, data, EPOCHS, RATE, seed, _file(cache, seed, "float"))
     return model
+
+
+def _file(cache: Path | None, seed: int, name: str) -> Path | None:
+    return None if cache is None else cache / f"{seed}_{name.replace(', ', '_').replace(' ', '_')}.safetensors"
 
 
 def after_training(name: str, model: nn.Module, data: Data) -> nn.Module:
@@ -131,23 +161,21 @@ def measure(seed: int, data: Data, file: Path | None, cache: Path | None, say: C
         if name in rows:
             continue
         say(f"seed {seed}: {name}")
-        rows[name] = _float_row(seed, model, data) if name == "float" else _row(name, seed, model, data)
+        rows[name] = _row(name, seed, model, data, _file(cache, seed, f"{name} more"))
         if file is not None:
             file.write_text(json.dumps(rows))
     return rows
 
 
-def _float_row(seed: int, model: nn.Module, data: Data) -> dict[str, float]:
-    longer = copy.deepcopy(model)
-    seconds = train(longer, data, QAT_EPOCHS, QAT_RATE, seed + 100)
-    return {"before": top1(model, data), "after": top1(longer, data), "s": seconds}
-
-
-def _row(name: str, seed: int, model: nn.Module, data: Data) -> dict[str, float]:
+def _row(name: str, seed: int, model: nn.Module, data: Data, file: Path | None) -> dict[str, float]:
+    if name == "float":
+        longer = copy.deepcopy(model)
+        seconds = train(longer, data, QAT_EPOCHS, QAT_RATE, seed + 100, file)
+        return {"before": top1(model, data), "after": top1(longer, data), "s": seconds}
     mapping, options = FORMATS[name]
     before = top1(after_training(name, model, data), data)
     trained = prepare_qat(copy.deepcopy(model).train(), mapping, **options)
-    seconds = train(trained, data, QAT_EPOCHS, QAT_RATE, seed + 100)
+    seconds = train(trained, data, QAT_EPOCHS, QAT_RATE, seed + 100, file)
     trained.eval()
     with torch.no_grad():
         want = trained(data[2][:250])
