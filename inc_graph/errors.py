@@ -22,6 +22,7 @@ __all__ = [
     "PrecisionWarning",
     "SavedModelError",
     "SpecError",
+    "TrainingError",
     "UnknownNameError",
     "UnusedRuleWarning",
     "VerifyError",
@@ -76,6 +77,10 @@ class CaptureError(IncError):
 
 class CalibrationError(IncError):
     """Statistics are missing, empty or unusable."""
+
+
+class TrainingError(IncError, ArithmeticError):
+    """Quantization-aware training met values or gradients that are not finite."""
 
 
 class PatternError(IncError):

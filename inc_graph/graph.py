@@ -35,7 +35,7 @@ __all__ = [
     "unique_name", "users_of", "val", "written_args",
 ]  # fmt: skip
 
-LEVELS = ("float", "annotated", "observed", "qdq", "lowered")
+LEVELS = ("float", "annotated", "observed", "trainable", "qdq", "lowered")
 
 
 # ---------------------------------------------------------------------------------------------- the edit context

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from inc_graph.errors import CalibrationError, ConfigError, IncError, PassError
+from inc_graph.errors import CalibrationError, ConfigError, IncError, PassError, TrainingError
 from inc_graph.graph import Fuel, code_later, current_fuel, editing, get_level
 from inc_graph.registry import PASSES
 from inc_graph.text import diff, to_text
@@ -161,7 +161,7 @@ class Pipeline:
                     verify(result.graph)
                     if not result.modified and to_text(result.graph) != before:
                         raise PassError(f"pass {p.name!r} reports no change but changed the graph")
-            except (CalibrationError, ConfigError):
+            except (CalibrationError, ConfigError, TrainingError):
                 raise  # what the user has to mend is no failure of a pass
             except Exception as e:
                 done = ", ".join(n for n, _ in timings)

@@ -3,6 +3,7 @@
     float      aten and other operators, none of ours; functional; a fake value on every node
     annotated  the same, with annotations that can be read and stand on float tensors
     observed   the same, with observers: submodules that pass one float tensor through unchanged
+    trainable  annotated, with submodules that round and that behave otherwise in evaluation
     qdq        no submodules; quantize/dequantize/... agree with their qtype, block, scale and zero point
     lowered    no observers; what is left of our operators still agrees
 
@@ -401,6 +402,7 @@ _RULES: dict[str, tuple[tuple[str, Check], ...]] = {
         ("observers change nothing", _observer_is_identity),
         *_ANNOTATED,
     ),
+    "trainable": (*_COMMON, *_BEFORE, *_ANNOTATED[:2]),
     "qdq": (*_COMMON, ("no submodules", _no_modules), *_QDQ),
     "lowered": (*_COMMON[:3], *_COMMON[4:], ("no observers", _no_observers), *_QDQ),
 }

@@ -149,7 +149,8 @@ def weight_spec(spec: QSpec, pattern: OpPattern, node: fx.Node) -> QSpec:
     if along == 0 and len(shape) > 2:
         raise SpecError("groups along the output channels are for linear layers and tables, not for convolutions")
     axis = out if along == 0 else 1 - out
-    if size > shape[axis] * (kernel if along else 1):
+    prescribed = size == spec.type.block  # blocks of MX formats may be ragged, and so of a short input as well
+    if size > shape[axis] * (kernel if along else 1) and not prescribed:
         what = "output" if along == 0 else "input"
         raise SpecError(f"group_size {size} is larger than the {what} dimension, {shape[axis] * kernel}")
     group = size if size == -1 else max(1, size // kernel)

@@ -70,21 +70,26 @@ class _State:
     gm: fx.GraphModule
     mutated: set[str]
     leaving: set[fx.Node]
+    trainable: bool
     transposed: dict[Any, str] = field(default_factory=dict)  # memory of a matrix -> attribute that holds its transpose
 
 
 @PASSES.register("canonicalize")
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Drop identities, and write operators in one of the ways they can be written."""
+    """Drop identities, and write operators in one of the ways they can be written.
+
+    Option: `trainable` keeps parameters where they are: no copy of one takes its place.
+    """
 
     name: ClassVar[str] = "canonicalize"
     requires: ClassVar[str] = "float"
     ensures: ClassVar[str] = "float"
+    trainable: bool = False
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         report = PassReport()
-        state = _State(gm, mutated_attrs(gm), _leaving(gm.graph))
+        state = _State(gm, mutated_attrs(gm), _leaving(gm.graph), self.trainable)
         for node in list(gm.graph.nodes):
             if node.op != "call_function":
                 continue
@@ -194,6 +199,8 @@ def _product(state: _State, node: fx.Node) -> str | None:
         rows = shape(w)[0 if turned else 1]  # type: ignore[index]
         if not isinstance(bias, fx.Node) or shape(bias) != (rows,) or dtype(bias) != dtype(w):
             return "the addend is not a bias vector"
+    if state.trainable and not turned:
+        return "the matrix is trained, and a transposed copy of it would not be"
     if not take_fuel():
         return ""
     weight = w if turned else insert_get_attr(gm, node, _transpose(state, w))

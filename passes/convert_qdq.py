@@ -21,6 +21,7 @@ from torch import fx
 
 from inc_graph.calibrate import Observer
 from inc_graph.errors import CalibrationError, IncError
+from inc_graph.fake_quantizer import TRAINED
 from inc_graph.gram import GramObserver
 from inc_graph.graph import (
     erase_dead,
@@ -183,9 +184,14 @@ def _weight(state: _State, layer: fx.Node) -> None:
     gram = annotation.pop("gram", None)
     tensor = get_tensor(state.gm, read)
     memory = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
-    identity = (memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"])
+    trained = state.gm.meta.get(TRAINED, {}).get(layer.name)
+    own = None if trained is None else layer.name  # a learned scale is one layer's
+    identity = (memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"], own)
     if identity not in state.weights:
-        codes = _solved(layer, tensor, annotation, state.grams.get(gram))
+        if trained is None:
+            codes = _solved(layer, tensor, annotation, state.grams.get(gram))
+        else:
+            codes = codes_by_range(tensor, *trained, QSpec.from_json(annotation["spec"]))
         name = read.target.replace(".", "_")
         state.weights[identity] = _dequantized(state, name, codes, tensor.dtype, layer), codes
     values, codes = state.weights[identity]

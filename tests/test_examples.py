@@ -41,6 +41,12 @@ QUICK = {
         r"everything: error 0\.00\d\d, 0\.5\d x the bytes\n  layer_norm is float32: its mean and variance",
         r"but the head: error 0\.00\d\d, 0\.6\d x the bytes\n.*\n  linear is float32: kept float by set_local\('3'\)",
     ],
+    "train_with_quantization": [
+        r"float +9\d\.\d %",
+        r"MXFP4, as it is +[89]\d\.\d %\nMXFP4, trained with it +9\d\.\d %\n",
+        r"INT4, as it is +\d\d\.\d %\nINT4, trained with it +9\d\.\d %\n",
+        r"converted and trained differ by \d\.\de[-+]0[05-9]",
+    ],
     "add_your_own_backend": [
         r"linear +│ +1 │ integer linear",
         r"conv1d +│ +1 │ float: backend 'plain_integers' has no quantized kernel for conv1d",

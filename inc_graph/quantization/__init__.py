@@ -37,6 +37,7 @@ from inc_graph.quantization.config import (
 )
 from inc_graph.quantization.loading import load, save
 from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.qat import freeze_batch_norm, freeze_observers
 from inc_graph.quantization.quantize import autotune, convert, finalize_calibration, prepare, prepare_qat, quantize
 from inc_graph.quantization.tuning_config import TuningConfig
 
@@ -61,6 +62,8 @@ __all__ = [
     "autotune",
     "convert",
     "finalize_calibration",
+    "freeze_batch_norm",
+    "freeze_observers",
     "get_all_config_set",
     "get_default_AutoRound_config",
     "get_default_awq_config",

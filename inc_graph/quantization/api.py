@@ -21,7 +21,7 @@ from inc_graph.graph import adopt, clone, get_level, is_float, module_path
 from inc_graph.input_mean import MeanObserver
 from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
-from inc_graph.quantization import module_scope
+from inc_graph.quantization import module_scope, qat
 from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.block_inputs import NotComputed, block_inputs_of
 from inc_graph.quantization.composable import as_config
@@ -119,6 +119,8 @@ def _start_own(
 def _prepare(
     model: nn.Module, quant_config: BaseConfig, inplace: bool, example_inputs: Any, dynamic_shapes: Any, backend: str
 ) -> nn.Module:
+    if isinstance(model, nn.Module) and qat.is_prepared(model):
+        raise ConfigError("the model is prepared for training already", hint="train it, then call convert")
     layerwise = example_inputs is None and not _is_ours(model)
     check_model(model, empty=layerwise)
     refuse_quantized(model)
@@ -274,7 +276,9 @@ def convert(
         model = prepare(model, quant_config, inplace, example_inputs, backend=backend or "auto")
         return convert(model, inplace=inplace, compute_dtype=compute_dtype)
     with chosen(model, compute_dtype) as choice:
-        if (plan := plan_of(model)) is not None:
+        if qat.is_prepared(model):
+            made = qat.convert(model, backend, inplace)
+        elif (plan := plan_of(model)) is not None:
             if plan.rest is not None:
                 model = module_scope.convert(model, backend, inplace)
             elif not inplace:
@@ -290,7 +294,8 @@ def convert(
 
 
 def _is_prepared(model: nn.Module) -> bool:
-    return plan_of(model) is not None or _level(model) == "observed" or module_scope.is_prepared(model)
+    known = plan_of(model) is not None or _level(model) == "observed" or module_scope.is_prepared(model)
+    return known or qat.is_prepared(model)
 
 
 def _needs_data(quant_config: BaseConfig) -> bool:

