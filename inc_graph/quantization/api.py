@@ -243,6 +243,7 @@ def convert(
     Raises:
         CalibrationError: no data has run through the model, or through a part of it.
         ConfigError: it is not prepared, or converted already; or `compute_dtype` is none.
+        With a `quant_config` the model is as it was then.
     """
     model = unwrap(model)
     if not isinstance(model, nn.Module):
@@ -263,14 +264,20 @@ def convert(
                 "the model is not prepared", hint="prepared = prepare(model, config), run data, then convert(prepared)"
             )
         quant_config = as_config(quant_config)
-        if _needs_data(quant_config):
+        if needs_data(quant_config):
             raise ConfigError(
                 f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
                 hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
             )
         ComputeDtypes.of(compute_dtype)  # says what is wrong with it before anything is changed
-        model = prepare(model, quant_config, inplace, example_inputs, backend=backend or "auto")
-        return convert(model, inplace=inplace, compute_dtype=compute_dtype)
+        graph = _is_ours(model)
+        prepared = prepare(model, quant_config, inplace and not graph, example_inputs, backend=backend or "auto")
+        try:
+            return convert(prepared, compute_dtype=compute_dtype)
+        except BaseException:
+            if module_scope.is_prepared(prepared):
+                module_scope.undo(prepared)
+            raise
     with chosen(model, compute_dtype) as choice:
         if (plan := plan_of(model)) is not None:
             if plan.rest is not None:
@@ -289,10 +296,6 @@ def convert(
 
 def _is_prepared(model: nn.Module) -> bool:
     return plan_of(model) is not None or _level(model) == "observed" or module_scope.is_prepared(model)
-
-
-def _needs_data(quant_config: BaseConfig) -> bool:
-    return needs_data(quant_config) if has_own_algorithm(quant_config) else quant_config.needs_calibration
 
 
 def quantize(
@@ -317,7 +320,7 @@ def quantize(
         Whatever `run_fn` raises: the model is as it was then.
     """
     quant_config = as_config(quant_config)
-    if run_fn is None and _needs_data(quant_config):
+    if run_fn is None and needs_data(quant_config):
         raise ConfigError(
             "this method needs calibration data", hint="pass run_fn, a function that runs data through the model"
         )
