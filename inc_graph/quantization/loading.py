@@ -152,7 +152,9 @@ def _load_graph(
     moved = device if str(saved.facts.get("device")) != str(device) else None
     gm = read_graph(body["graph"], saved.tensors, moved)
     choice.put(gm)
-    return _assembled(gm, backend, report)
+    made = _assembled(gm, backend, report)
+    made.report.notes, made.report.weights = report.notes, report.weights
+    return made
 
 
 def _assembled(gm: Any, backend: str, report: Report) -> QuantizedModel:
@@ -188,7 +190,7 @@ def _load_layers(
         backend = _backend(saved, asked, device)
     plan = []
     parts = Report(report.method, backend, floats=report.floats, notes=report.notes, timings=report.timings)
-    parts.bytes_before = report.bytes_before
+    parts.bytes_before, parts.weights = report.bytes_before, report.weights
     moved = device if str(saved.facts.get("device")) != str(device) else None
     with progress("load", len(body["layers"])) as step:
         taken: set[str] = set()
