@@ -30,6 +30,7 @@ from inc_graph.quantization.kept_calls import keep_calls, kept_calls
 from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
+from inc_graph.quantization.ordinary import makes_ordinary_tensors
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.predicates import bind_predicates, layers_of, operators_of
 from inc_graph.quantization.trial import why_refused
@@ -53,6 +54,7 @@ from inc_graph.utils.progress import progress
 __all__ = ["convert", "finalize_calibration", "prepare", "quantize"]
 
 
+@makes_ordinary_tensors
 def prepare(
     model: nn.Module | ExportedProgram,
     quant_config: BaseConfig | Mapping[str, Any],
@@ -211,6 +213,7 @@ def _refuse_nothing(gm: fx.GraphModule) -> None:
     raise ConfigError(f"nothing in this model can be quantized ({shown})", hint="see the reasons, or change the config")
 
 
+@makes_ordinary_tensors
 def convert(
     model: nn.Module,
     quant_config: BaseConfig | Mapping[str, Any] | None = None,
@@ -298,6 +301,7 @@ def _is_prepared(model: nn.Module) -> bool:
     return plan_of(model) is not None or _level(model) == "observed" or module_scope.is_prepared(model)
 
 
+@makes_ordinary_tensors
 def quantize(
     model: nn.Module | ExportedProgram,
     quant_config: BaseConfig | Mapping[str, Any],

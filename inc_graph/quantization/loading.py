@@ -17,6 +17,7 @@ from inc_graph.quantization.layers import call_every_layer, keep_report, own_cop
 from inc_graph.quantization.layers import save as save_model
 from inc_graph.quantization.leaf import Form, Leaf, is_layer
 from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.ordinary import makes_ordinary_tensors
 from inc_graph.quantization.saved import check_format
 from inc_graph.quantization.user_algorithms import rebuild
 from inc_graph.recipe import Recipe
@@ -58,6 +59,7 @@ def save(model: nn.Module, checkpoint_dir: Any = "saved_results", format: Any = 
         save_model(model, checkpoint_dir, format, **options)
 
 
+@makes_ordinary_tensors
 def load(
     model_name_or_path: str | os.PathLike[str] | None = None,
     original_model: Any = None,
