@@ -17,7 +17,7 @@ from inc_graph.quantization.layers import call_every_layer, keep_report, own_cop
 from inc_graph.quantization.layers import save as save_model
 from inc_graph.quantization.leaf import Form, Leaf, is_layer
 from inc_graph.quantization.model import QuantizedModel
-from inc_graph.quantization.ordinary import makes_ordinary_tensors
+from inc_graph.quantization.ordinary import ordinary_tensors
 from inc_graph.quantization.saved import check_format
 from inc_graph.quantization.user_algorithms import rebuild
 from inc_graph.recipe import Recipe
@@ -59,7 +59,6 @@ def save(model: nn.Module, checkpoint_dir: Any = "saved_results", format: Any = 
         save_model(model, checkpoint_dir, format, **options)
 
 
-@makes_ordinary_tensors
 def load(
     model_name_or_path: str | os.PathLike[str] | None = None,
     original_model: Any = None,
@@ -98,7 +97,7 @@ def load(
         raise ConfigError(f"load needs the folder of a saved model, not {path!r}")
     place = _device(device)
     try:
-        with reading(path):
+        with ordinary_tensors(original_model), reading(path):
             made = _load(path, original_model, place, backend, choice)
     except OSError as e:
         raise SavedModelError(f"{path} cannot be read: {e.strerror or e}") from e
