@@ -35,6 +35,7 @@ from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.predicates import bind_predicates, layers_of, operators_of
 from inc_graph.quantization.streaming import warn_unused
 from inc_graph.quantization.trial import why_refused
+from inc_graph.quantization.unquantizable import refuse_in_graph, refuse_in_modules
 from inc_graph.quantization.user_algorithms import (
     Plan,
     algorithms_of,
@@ -140,6 +141,7 @@ def _prepare(
         return _prepare_graph(gm, bind_predicates(recipe, asked, operators_of(gm)), inplace)
     layers = bind_predicates(recipe, asked, layers_of(model))
     if example_inputs is None:
+        refuse_in_modules(model, layers)
         return module_scope.prepare(model, layers, inplace, quant_config.checkpoint())
     args, kwargs = example_call(model, example_inputs)
     try:
@@ -184,6 +186,7 @@ def _fall_back(model: nn.Module, recipe: Recipe, inplace: bool, error: CaptureEr
 
 
 def _prepare_graph(model: fx.GraphModule, recipe: Recipe, inplace: bool) -> fx.GraphModule:
+    refuse_in_graph(model, recipe)
     work = clone(model)
     if not inplace:
         own_mutated(work)  # calibration writes to buffers: the original keeps its own
