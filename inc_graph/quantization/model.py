@@ -240,7 +240,11 @@ def all_or_nothing(model: nn.Module) -> None:
     """
     for module in model.modules():
         if not isinstance(module, QuantizedModel) and any(isinstance(m, QuantizedModel) for m in module.modules()):
-            own = [("train", _train), ("_apply", _apply_to_all), ("load_state_dict", _load)]
+            own: list[tuple[str, Callable[..., Any]]] = [
+                ("train", _train),
+                ("_apply", _apply_to_all),
+                ("load_state_dict", _load),
+            ]
             own += [("save_pretrained", _no_save_pretrained)] if hasattr(type(module), "save_pretrained") else []
             own += [("tie_weights", _keep_tied)] if hasattr(type(module), "tie_weights") else []
             for name, method in own:
@@ -275,7 +279,8 @@ def _keep_tied(self: nn.Module, *args: Any, **kwargs: Any) -> None:
     """A quantized table or head shares its codes or does not: no weight of it could be set."""
     ends = [getattr(self, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     if not any(isinstance(m, QuantizedModel) for end in ends if end is not None for m in end.modules()):
-        type(self).tie_weights(self, *args, **kwargs)  # type: ignore[operator]
+        kind: Any = type(self)
+        kind.tie_weights(self, *args, **kwargs)
 
 
 @contextlib.contextmanager
