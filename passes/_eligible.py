@@ -133,11 +133,12 @@ def useless(pattern: OpPattern, what: OpQuant) -> str | None:
 def weight_spec(spec: QSpec, pattern: OpPattern, node: fx.Node) -> QSpec:
     """The format of a rule with the operator's own axes.
 
-    Per group, `axis=-1` stands for the input channels and 0 for the output channels. A kernel of a convolution is never
-    split: a group of `size` weights is as many input channels as have that many.
+    Per group, `axis=-1` stands for the input channels and 0 for the output channels. Along the inputs a kernel of a
+    convolution is never split: a group of `size` weights is as many input channels as have that many. Along the outputs
+    a group is one weight of each of `size` kernels, all at the same place in them.
 
     Raises:
-        SpecError: a group along the input would be longer than the input, or lies across kernels.
+        SpecError: a group would be longer than the input, or the output, that it lies along.
     """
     shape = val(argument(node, pattern.weight or 0)).shape
     if isinstance(spec.granularity, PerChannel):
@@ -146,15 +147,15 @@ def weight_spec(spec: QSpec, pattern: OpPattern, node: fx.Node) -> QSpec:
         return spec
     size, out = spec.granularity.size, pattern.axis(node)
     along, kernel = spec.granularity.axis, math.prod(shape[2:])
-    if along == 0 and len(shape) > 2:
-        raise SpecError("groups along the output channels are for linear layers and tables, not for convolutions")
-    axis = out if along == 0 else 1 - out
+    if along == 0:
+        axis, what, room = out, "output", shape[out]
+    else:
+        axis, what, room = 1 - out, "input", shape[1 - out] * kernel
     prescribed = size == spec.type.block  # blocks of MX formats may be ragged, and so of a short input as well
-    if size > shape[axis] * (kernel if along else 1) and not prescribed:
-        what = "output" if along == 0 else "input"
-        raise SpecError(f"group_size {size} is larger than the {what} dimension, {shape[axis] * kernel}")
-    group = size if size == -1 else max(1, size // kernel)
-    sizes = [1 if d != axis else group for d in range(2)] + [-1] * (len(shape) - 2)
+    if size > room and not prescribed:
+        raise SpecError(f"group_size {size} is larger than the {what} dimension, {room}")
+    group = size if size == -1 or along == 0 else max(1, size // kernel)
+    sizes = [1 if d != axis else group for d in range(2)] + [-1 if along else 1] * (len(shape) - 2)
     return replace(spec, granularity=PerBlock(tuple(sizes)))
 
 

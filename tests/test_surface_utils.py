@@ -357,6 +357,10 @@ def test_empty_models(cls: str | None, tmp_path: Path) -> None:
     ids = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, real(ids).logits)  # the buffers, which no file has, are right
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    for name in ("dtype", "torch_dtype"):
+        assert {p.dtype for p in load_empty_model(tmp_path, kind, **{name: "auto"}).parameters()} == {torch.bfloat16}
     with pytest.raises((OSError, ValueError)):
         load_empty_model(str(tmp_path / "missing" / "folder" / "deep"))
 

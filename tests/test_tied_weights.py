@@ -31,6 +31,16 @@ def test_tied_weights_of_which_one_is_quantized(scope: str) -> None:
     assert len(kept) == 1 and torch.equal(kept[0], model.table.weight)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_report_of_a_loaded_model_says_the_same(scope: str, tmp_path: Path) -> None:
+    q = quantized(scope, model=TiedWords().eval())
+    save(q, tmp_path)
+    back = load(tmp_path, None if scope == "graph" else TiedWords().eval())
+    assert q.report.weights and back.report.weights == q.report.weights
+    assert q.report.notes and back.report.notes == q.report.notes
+    assert str(back.report.weights) == str(q.report.weights)
+
+
 def codes(model: nn.Module) -> set[int]:
     """Where the codes of the two layers lie."""
     return {model.get_submodule(n).inner.lowered.weight_q.data_ptr() for n in ("table", "head")}  # type: ignore

@@ -94,9 +94,9 @@ def _quantize(model: Any, config: Any, calls: Any, args: argparse.Namespace) -> 
     from inc_graph.cli import sources
     from inc_graph.errors import ConfigError
     from inc_graph.quantization import convert, prepare
-    from inc_graph.quantization.user_algorithms import has_own_algorithm, needs_data
+    from inc_graph.quantization.user_algorithms import needs_data
 
-    needs = needs_data(config) if has_own_algorithm(config) else config.needs_calibration
+    needs = needs_data(config)
     if calls is None and needs:
         raise ConfigError(f"{config.name} needs calibration data", hint="give --calibration")
     calls = iter(calls if calls is not None else ())

@@ -31,10 +31,13 @@ from inc_graph.quantization.kept_calls import keep_calls, kept_calls
 from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
+from inc_graph.quantization.ordinary import ordinary_tensors
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.precision import all_float, fit_precision
 from inc_graph.quantization.predicates import bind_predicates, layers_of, operators_of
+from inc_graph.quantization.streaming import warn_unused
 from inc_graph.quantization.trial import why_refused
+from inc_graph.quantization.unquantizable import refuse_in_graph, refuse_in_modules
 from inc_graph.quantization.user_algorithms import (
     Plan,
     algorithms_of,
@@ -88,19 +91,20 @@ def prepare(
     Raises:
         ConfigError, CaptureError, PassError: nothing has been changed then.
     """
-    quant_config = as_config(quant_config)
-    if has_own_algorithm(quant_config):
-        own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
-        own = run_entries(own, plan, Mode.PREPARE)
-        if plan.rest is not None:
-            own = _prepare(own, plan.rest, True, None, None, backend)
-        return remember(own, plan)
-    if isinstance(model, str):
-        quant_config.recipe("eager", None)  # a method that is not there says so first
-        raise CaptureError(f"{model!r} is the name of a model", hint="load it: prepare takes the model itself")
-    if isinstance(model, ExportedProgram):
-        model, example_inputs, dynamic_shapes = export(model, example_inputs, dynamic_shapes), None, None
-    return _prepare(unwrap(model), quant_config, inplace, example_inputs, dynamic_shapes, backend)
+    with ordinary_tensors(model):
+        quant_config = as_config(quant_config)
+        if has_own_algorithm(quant_config):
+            own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
+            own = run_entries(own, plan, Mode.PREPARE)
+            if plan.rest is not None:
+                own = _prepare(own, plan.rest, True, None, None, backend)
+            return remember(own, plan)
+        if isinstance(model, str):
+            quant_config.recipe("eager", None)  # a method that is not there says so first
+            raise CaptureError(f"{model!r} is the name of a model", hint="load it: prepare takes the model itself")
+        if isinstance(model, ExportedProgram):
+            model, example_inputs, dynamic_shapes = export(model, example_inputs, dynamic_shapes), None, None
+        return _prepare(unwrap(model), quant_config, inplace, example_inputs, dynamic_shapes, backend)
 
 
 def _start_own(
@@ -134,12 +138,14 @@ def _prepare(
     if note:
         warnings.warn(note, IncWarning, stacklevel=3)
     recipe = fit_precision(quant_config.recipe(name, BACKENDS.get(name).supported()), device)
+    warn_unused(model, quant_config, stacklevel=3)
     asked = quant_config.predicates()
     if _is_ours(model):
         gm = cast(fx.GraphModule, model)
         return _prepare_graph(gm, bind_predicates(recipe, asked, operators_of(gm)), inplace)
     layers = bind_predicates(recipe, asked, layers_of(model))
     if example_inputs is None:
+        refuse_in_modules(model, layers)
         return module_scope.prepare(model, layers, inplace, quant_config.checkpoint())
     args, kwargs = example_call(model, example_inputs)
     try:
@@ -184,6 +190,7 @@ def _fall_back(model: nn.Module, recipe: Recipe, inplace: bool, error: CaptureEr
 
 
 def _prepare_graph(model: fx.GraphModule, recipe: Recipe, inplace: bool) -> fx.GraphModule:
+    refuse_in_graph(model, recipe)
     work = clone(model)
     if not inplace:
         own_mutated(work)  # calibration writes to buffers: the original keeps its own
@@ -247,59 +254,64 @@ def convert(
     Raises:
         CalibrationError: no data has run through the model, or through a part of it.
         ConfigError: it is not prepared, or converted already; or `compute_dtype` is none.
+        With a `quant_config` the model is as it was then.
     """
-    model = unwrap(model)
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected a prepared model, got {type(model).__name__}")
-    if reference and backend not in (None, "eager"):
-        raise ConfigError(f"reference=True runs on no backend, and backend={backend!r} asks for one")
-    if reference:
-        backend = "eager"
-    if quant_config is not None and _is_prepared(model):
-        warnings.warn("quant_config is not used: the model was prepared with a config", IncWarning, stacklevel=2)
-    level = _level(model)
-    if not _is_prepared(model):
-        done = level in ("qdq", "lowered") or algorithms_of(model) is not None
-        if done or any(isinstance(m, QuantizedModel) for m in model.modules()):
-            raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
-        if quant_config is None:
-            raise ConfigError(
-                "the model is not prepared", hint="prepared = prepare(model, config), run data, then convert(prepared)"
-            )
-        quant_config = as_config(quant_config)
-        if _needs_data(quant_config):
-            raise ConfigError(
-                f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
-                hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
-            )
-        ComputeDtypes.of(compute_dtype)  # says what is wrong with it before anything is changed
-        model = prepare(model, quant_config, inplace, example_inputs, backend=backend or "auto")
-        return convert(model, inplace=inplace, compute_dtype=compute_dtype)
-    with chosen(model, compute_dtype) as choice:
-        if qat.is_prepared(model):
-            made = qat.convert(model, backend, inplace)
-        elif (plan := plan_of(model)) is not None:
-            if plan.rest is not None:
-                model = module_scope.convert(model, backend, inplace)
-            elif not inplace:
-                model = own_copy(model)
-            made = converted(run_entries(model, plan, Mode.CONVERT), plan)
-        elif level == "observed":
-            made = finish(cast(fx.GraphModule, model), backend)
-            warn_of_weights(made.report)
-        else:
-            made = module_scope.convert(model, backend, inplace)
-    choice.tell(made)
-    return made
+    with ordinary_tensors(model):
+        model = unwrap(model)
+        if not isinstance(model, nn.Module):
+            raise CaptureError(f"expected a prepared model, got {type(model).__name__}")
+        if reference and backend not in (None, "eager"):
+            raise ConfigError(f"reference=True runs on no backend, and backend={backend!r} asks for one")
+        if reference:
+            backend = "eager"
+        if quant_config is not None and _is_prepared(model):
+            warnings.warn("quant_config is not used: the model was prepared with a config", IncWarning, stacklevel=2)
+        level = _level(model)
+        if not _is_prepared(model):
+            done = level in ("qdq", "lowered") or algorithms_of(model) is not None
+            if done or any(isinstance(m, QuantizedModel) for m in model.modules()):
+                raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
+            if quant_config is None:
+                raise ConfigError(
+                    "the model is not prepared",
+                    hint="prepared = prepare(model, config), run data, then convert(prepared)",
+                )
+            quant_config = as_config(quant_config)
+            if needs_data(quant_config):
+                raise ConfigError(
+                    f"{type(quant_config).__name__} needs calibration data, so the model must be prepared first",
+                    hint="use prepare, run data, convert; or quantize(model, config, run_fn=...)",
+                )
+            ComputeDtypes.of(compute_dtype)  # says what is wrong with it before anything is changed
+            graph = _is_ours(model)
+            prepared = prepare(model, quant_config, inplace and not graph, example_inputs, backend=backend or "auto")
+            try:
+                return convert(prepared, compute_dtype=compute_dtype)
+            except BaseException:
+                if module_scope.is_prepared(prepared):
+                    module_scope.undo(prepared)
+                raise
+        with chosen(model, compute_dtype) as choice:
+            if qat.is_prepared(model):
+                made = qat.convert(model, backend, inplace)
+            elif (plan := plan_of(model)) is not None:
+                if plan.rest is not None:
+                    model = module_scope.convert(model, backend, inplace)
+                elif not inplace:
+                    model = own_copy(model)
+                made = converted(run_entries(model, plan, Mode.CONVERT), plan)
+            elif level == "observed":
+                made = finish(cast(fx.GraphModule, model), backend)
+                warn_of_weights(made.report)
+            else:
+                made = module_scope.convert(model, backend, inplace)
+        choice.tell(made)
+        return made
 
 
 def _is_prepared(model: nn.Module) -> bool:
     known = plan_of(model) is not None or _level(model) == "observed" or module_scope.is_prepared(model)
     return known or qat.is_prepared(model)
-
-
-def _needs_data(quant_config: BaseConfig) -> bool:
-    return needs_data(quant_config) if has_own_algorithm(quant_config) else quant_config.needs_calibration
 
 
 def quantize(
@@ -323,35 +335,36 @@ def quantize(
         ConfigError: if `run_fn` is missing though the method needs calibration data.
         Whatever `run_fn` raises: the model is as it was then.
     """
-    quant_config = as_config(quant_config)
-    if run_fn is None and _needs_data(quant_config):
-        raise ConfigError(
-            "this method needs calibration data", hint="pass run_fn, a function that runs data through the model"
+    with ordinary_tensors(model):
+        quant_config = as_config(quant_config)
+        if run_fn is None and needs_data(quant_config):
+            raise ConfigError(
+                "this method needs calibration data", hint="pass run_fn, a function that runs data through the model"
+            )
+        if run_fn is not None and not callable(run_fn):
+            raise ConfigError(f"run_fn must be a function that runs data through the model, not {run_fn!r}")
+        choice = ComputeDtypes.of(compute_dtype)  # says what is wrong with it before anything is changed
+        if has_own_algorithm(quant_config):
+            own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
+            own = run_entries(own, plan, Mode.QUANTIZE, run_fn=run_fn, run_args=run_args)
+            if plan.rest is not None:
+                own = quantize(own, plan.rest, run_fn, run_args, backend=backend, compute_dtype=compute_dtype)
+            else:
+                choice.tell(own)
+            return converted(own, plan)
+        run_fn = run_fn or _no_data
+        graph = isinstance(model, nn.Module) and _is_ours(model)
+        prepared = prepare(
+            model, quant_config, inplace and not graph, example_inputs, dynamic_shapes=dynamic_shapes, backend=backend
         )
-    if run_fn is not None and not callable(run_fn):
-        raise ConfigError(f"run_fn must be a function that runs data through the model, not {run_fn!r}")
-    choice = ComputeDtypes.of(compute_dtype)  # says what is wrong with it before anything is changed
-    if has_own_algorithm(quant_config):
-        own, plan = _start_own(model, quant_config, inplace, example_inputs, dynamic_shapes)
-        own = run_entries(own, plan, Mode.QUANTIZE, run_fn=run_fn, run_args=run_args)
-        if plan.rest is not None:
-            own = quantize(own, plan.rest, run_fn, run_args, backend=backend, compute_dtype=compute_dtype)
-        else:
-            choice.tell(own)
-        return converted(own, plan)
-    run_fn = run_fn or _no_data
-    graph = isinstance(model, nn.Module) and _is_ours(model)
-    prepared = prepare(
-        model, quant_config, inplace and not graph, example_inputs, dynamic_shapes=dynamic_shapes, backend=backend
-    )
-    args = () if run_args is None else run_args if isinstance(run_args, tuple | list) else (run_args,)
-    try:
-        run_fn(prepared, *args)
-        return convert(prepared, compute_dtype=compute_dtype)
-    except BaseException:
-        if module_scope.is_prepared(prepared):
-            module_scope.undo(prepared)
-        raise
+        args = () if run_args is None else run_args if isinstance(run_args, tuple | list) else (run_args,)
+        try:
+            run_fn(prepared, *args)
+            return convert(prepared, compute_dtype=compute_dtype)
+        except BaseException:
+            if module_scope.is_prepared(prepared):
+                module_scope.undo(prepared)
+            raise
 
 
 def _no_data(model: nn.Module) -> None:

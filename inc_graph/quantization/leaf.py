@@ -168,7 +168,6 @@ class Leaf(nn.Module):
         leaf._facts = {
             k: v for k, v in vars(original).items() if not k.startswith("_") and not isinstance(v, Tensor | nn.Module)
         }
-        leaf._facts["transposed"] = _is_hf_conv1d(original)
         if original._parameters.get("bias") is None and hasattr(original, "bias"):
             leaf._facts["bias"] = None  # what bias correction may have added is the kernel's own
         leaf._original = ()
@@ -256,7 +255,7 @@ class Leaf(nn.Module):
             return None
         source = argument(layer, 0)
         order = argument(source, 2) if name == "weight" and source.target is _SELECT else None
-        transposed = name == "weight" and self._facts["transposed"]
+        transposed = name == "weight" and _is_hf_conv1d(self)
 
         def values() -> Tensor:
             full = inner.graph if packed else gm

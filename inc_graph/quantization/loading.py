@@ -17,6 +17,7 @@ from inc_graph.quantization.layers import call_every_layer, keep_report, own_cop
 from inc_graph.quantization.layers import save as save_model
 from inc_graph.quantization.leaf import Form, Leaf, is_layer
 from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.ordinary import ordinary_tensors
 from inc_graph.quantization.saved import check_format
 from inc_graph.quantization.user_algorithms import rebuild
 from inc_graph.recipe import Recipe
@@ -96,7 +97,7 @@ def load(
         raise ConfigError(f"load needs the folder of a saved model, not {path!r}")
     place = _device(device)
     try:
-        with reading(path):
+        with ordinary_tensors(original_model), reading(path):
             made = _load(path, original_model, place, backend, choice)
     except OSError as e:
         raise SavedModelError(f"{path} cannot be read: {e.strerror or e}") from e
@@ -152,7 +153,9 @@ def _load_graph(
     moved = device if str(saved.facts.get("device")) != str(device) else None
     gm = read_graph(body["graph"], saved.tensors, moved)
     choice.put(gm)
-    return _assembled(gm, backend, report)
+    made = _assembled(gm, backend, report)
+    made.report.notes, made.report.weights = report.notes, report.weights
+    return made
 
 
 def _assembled(gm: Any, backend: str, report: Report) -> QuantizedModel:
@@ -188,7 +191,7 @@ def _load_layers(
         backend = _backend(saved, asked, device)
     plan = []
     parts = Report(report.method, backend, floats=report.floats, notes=report.notes, timings=report.timings)
-    parts.bytes_before = report.bytes_before
+    parts.bytes_before, parts.weights = report.bytes_before, report.weights
     moved = device if str(saved.facts.get("device")) != str(device) else None
     with progress("load", len(body["layers"])) as step:
         taken: set[str] = set()

@@ -249,7 +249,14 @@ def all_or_nothing(model: nn.Module) -> None:
     """
     for module in model.modules():
         if not isinstance(module, QuantizedModel) and any(isinstance(m, QuantizedModel) for m in module.modules()):
-            for name, method in (("train", _train), ("_apply", _apply_to_all), ("load_state_dict", _load)):
+            own: list[tuple[str, Callable[..., Any]]] = [
+                ("train", _train),
+                ("_apply", _apply_to_all),
+                ("load_state_dict", _load),
+            ]
+            own += [("save_pretrained", _no_save_pretrained)] if hasattr(type(module), "save_pretrained") else []
+            own += [("tie_weights", _keep_tied)] if hasattr(type(module), "tie_weights") else []
+            for name, method in own:
                 module.__dict__.setdefault(name, types.MethodType(method, module))
 
 
@@ -269,6 +276,20 @@ def _apply_to_all(self: nn.Module, fn: Callable[..., Any], recurse: bool = True)
 def _load(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with _telling(self):
         return type(self).load_state_dict(self, *args, **kwargs)
+
+
+def _no_save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """transformers would write a folder whose layers `from_pretrained` does not find, and fills with random numbers."""
+    hint = "model.save(folder), or inc_graph.quantization.save(model, folder); load(folder, float_model) reads it"
+    raise IncError("save_pretrained cannot write quantized layers", hint=hint)
+
+
+def _keep_tied(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """A quantized table or head shares its codes or does not: no weight of it could be set."""
+    ends = [getattr(self, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    if not any(isinstance(m, QuantizedModel) for end in ends if end is not None for m in end.modules()):
+        kind: Any = type(self)
+        kind.tie_weights(self, *args, **kwargs)
 
 
 @contextlib.contextmanager

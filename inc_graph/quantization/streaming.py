@@ -3,6 +3,7 @@
 A model from `load_empty_model` has shapes and no values. Its layers are prepared and quantized one at a time (block by
 block where a method runs data through blocks): each is read from the safetensors files, used, and dropped again, so
 that the float model is never in memory as a whole. What is in no quantized layer (tables, norms) is read once and kept.
+The fields `use_layer_wise` and `use_block_wise` of configs ask for what is done with such a model in any case.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from inc_graph.errors import CaptureError, ConfigError
+from inc_graph.errors import CaptureError, ConfigError, IncWarning
+from inc_graph.quantization.base_config import BaseConfig
 from inc_graph.quantization.layers import tensors_of
 from inc_graph.quantization.leaf import Leaf
 
@@ -33,8 +36,10 @@ __all__ = [
     "held",
     "is_streamed",
     "stream",
+    "warn_unused",
 ]
 
+_OF_FILES = ("model_path", "use_layer_wise", "use_block_wise")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -151,6 +156,19 @@ def checkpoint_for(model: nn.Module, model_path: str) -> Source | None:
     checkpoint = Checkpoint(Path(folder))
     prefix = getattr(model, "base_model_prefix", "")
     return Source(checkpoint, {key: checkpoint.name_of(names, prefix) for key, names in empty.items()})
+
+
+def warn_unused(model: nn.Module, config: BaseConfig, stacklevel: int) -> None:
+    """IncWarning for what a config says of reading weights from files, if the model has all its weights."""
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return
+    members = [c for m in config._members() for c in (m, *m._local.values())]
+    asked = [(c, name) for c in members for name in _OF_FILES if vars(c).get(name) and not c.fields[name].default]
+    said = list(dict.fromkeys(f"{type(c).__name__}.{name}={getattr(c, name)!r}" for c, name in asked))
+    if said:
+        text = f"{', '.join(said)} not used: the model has its values already"
+        hint = "inc_graph.utils.load_empty_model makes one whose layers are read when they are quantized"
+        warnings.warn(f"{text}; {hint}", IncWarning, stacklevel=stacklevel + 1)
 
 
 def filled(module: nn.Module, source: Source | None) -> nn.Module:

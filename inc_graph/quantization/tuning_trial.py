@@ -26,7 +26,7 @@ from inc_graph.quantization.one_layer import is_graph
 from inc_graph.quantization.sensitivity import Measured, measure
 from inc_graph.quantization.sensitivity_search import Plan
 from inc_graph.quantization.tuning_table import Trial
-from inc_graph.quantization.user_algorithms import has_own_algorithm
+from inc_graph.quantization.user_algorithms import has_own_algorithm, needs_data
 from inc_graph.report import attribute_bytes
 
 __all__ = ["Source", "errors_of_the_user", "exported", "run_trial"]
@@ -58,7 +58,7 @@ class Source:
         if has_own_algorithm(config):
             text = f"strategy='sensitivity' cannot measure the layers of {config}: a method of one's own has no graph"
             raise ConfigError(text, hint="use strategy='configs'")
-        if self.run_fn is None and config.needs_calibration:
+        if self.run_fn is None and needs_data(config):
             raise ConfigError("this method needs calibration data", hint="pass run_fn")
         if self.run_fn is not None and not callable(self.run_fn):
             raise ConfigError(f"run_fn must be a function that runs data through the model, not {self.run_fn!r}")

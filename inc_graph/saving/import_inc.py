@@ -252,7 +252,7 @@ def _body_of(gm: fx.GraphModule, recipe: Recipe, tensors: TensorWriter) -> dict[
 
 
 def _facts(layer: Layer, dtype: torch.dtype) -> Any:
-    attributes = {"in_features": layer.in_features, "out_features": layer.out_features, "transposed": False}
+    attributes = {"in_features": layer.in_features, "out_features": layer.out_features}
     if layer.bias is None:
         attributes["bias"] = None  # type: ignore[assignment]
     return encode({"form": ["rows", 2, layer.in_features, dtype], "attributes": attributes})

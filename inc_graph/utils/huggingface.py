@@ -39,10 +39,12 @@ def load_empty_model(pretrained_model_name_or_path: str | os.PathLike[str], cls:
     trust = {k: v for k, v in kwargs.items() if k == "trust_remote_code"}  # the model needs it as well as the config
     auto = getattr(cls, "config_class", None) is None
     source = transformers.AutoConfig if auto else cls.config_class
+    from_file = [name for name in ("dtype", "torch_dtype") if kwargs.get(name) == "auto"]
+    for name in from_file:
+        del kwargs[name]  # the config would take the word for a dtype
     config, rest = source.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-    for name in ("dtype", "torch_dtype"):
-        if rest.get(name) == "auto":
-            rest[name] = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    for name in from_file:
+        rest[name] = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     with _empty_parameters():
         model = cls.from_config(config, **{**rest, **trust}) if auto else cls._from_config(config, **rest)
     model.tie_weights()

@@ -43,6 +43,7 @@ def test_round_trip(scope: str, name: str, tmp_path: Path) -> None:
     old, new = q.report.to_json(), back.report.to_json()
     assert new["kernels"] == old["kernels"] and new["reference"] == old["reference"]
     assert new["bytes_after"] == old["bytes_after"]
+    assert old["weights"] and new["weights"] == old["weights"] and new["notes"] == old["notes"]
     save(back, tmp_path / "b")  # and again
     same(q, loaded(tmp_path / "b", scope))
 

@@ -141,7 +141,7 @@ def test_half_a_byte_a_weight(scope: str) -> None:
     (c.RTNConfig(bits=1), "integers of 1 bits cannot be had"),
     (c.RTNConfig(use_double_quant=True, double_quant_dtype="nf4"), "double_quant_dtype 'nf4' cannot be had"),
     (c.GPTQConfig(group_size=16).set_local("table", c.GPTQConfig(group_size=16)), "gptq rounds against the inputs"),
-    (c.RTNConfig(group_size=16).set_local("conv", c.RTNConfig(group_dim=0)), "not for convolutions"),
+    (c.RTNConfig(group_size=16).set_local("conv", c.RTNConfig(group_dim=0)), "than the output dimension, 4.*conv"),
 ], ids=str)  # fmt: skip
 def test_refused_and_nothing_changed(config: Any, text: str, scope: str) -> None:
     model = made()

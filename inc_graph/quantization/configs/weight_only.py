@@ -55,9 +55,10 @@ _FORMAT = {
 _GROUP_DIM = {"group_dim": Field(1, a_choice(0, 1), "Dimension that groups lie along: 1 input, 0 output channels.")}
 _SEARCH = {"use_mse_search": _bool(False, "Search the range with the least squared error.")}
 _FULL = {"use_full_range": _bool(False, "Use the code -2**(bits-1) as well.")}
+_ONE, _ALWAYS = "A model without values (`load_empty_model`) has one", "whatever this says"
 _LAYER_WISE = {
-    "use_layer_wise": _bool(False, "Keep one layer at a time in memory."),
-    "model_path": Field("", a_string, "Checkpoint folder that layers are read from."),
+    "use_layer_wise": _bool(False, f"{_ONE} layer at a time in memory, {_ALWAYS}; a block where data runs through it."),
+    "model_path": Field("", a_string, "Checkpoint folder that layers of a model without values are read from."),
 }
 _HEAD = {"quant_lm_head": _bool(False, "Quantize the output layer of a language model too.")}
 
@@ -162,7 +163,7 @@ class RTNConfig(WeightOnlyConfig):
 
     fields: ClassVar[dict[str, Field]] = {
         **_FORMAT, **_GROUP_DIM, **_FULL, **_SEARCH,
-        "use_layer_wise": _bool(True, "Keep one layer at a time in memory."),
+        "use_layer_wise": _bool(True, f"{_ONE} layer at a time in memory, {_ALWAYS}."),
         "model_path": _LAYER_WISE["model_path"],
         **_double(False), **_HEAD,
     }  # fmt: skip
@@ -184,7 +185,7 @@ class GPTQConfig(WeightOnlyConfig):
     fields: ClassVar[dict[str, Field]] = {
         **_FORMAT, **_SEARCH,
         "use_layer_wise": _LAYER_WISE["use_layer_wise"],
-        "use_block_wise": _bool(False, "Keep one block of layers at a time in memory."),
+        "use_block_wise": _bool(False, f"{_ONE} block of layers at a time in memory, {_ALWAYS}."),
         "model_path": _LAYER_WISE["model_path"],
         **_double(False), **_HEAD,
         "act_order": _bool(False, "Round columns in the order of falling activation energy."),
