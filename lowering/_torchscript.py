@@ -210,6 +210,8 @@ class _Writer:
             value.setType(torch._C.IntType.get())
         elif isinstance(val(node), list | tuple):
             value.setType(torch._C.ListType(torch._C.TensorType.get()))
+        else:  # a group is compiled for the strides that it has seen first
+            value = self.emit("aten::contiguous", [value, torch.contiguous_format])
         self.values[node] = value
         if is_quantize(node):
             p = self.c.qparams(node)
