@@ -89,9 +89,12 @@ class Scripted:
         self.groups, self.operators, self.inside = _groups(torch.jit.last_executed_optimized_graph())
 
     def run(self, inputs: list[Any]) -> list[Tensor]:
-        """The function's values."""
+        """The function's values. Casts are written in the graph: an autocast region around a call changes nothing."""
         with torch.no_grad():
-            return list(self._function(*inputs))
+            if not torch.is_autocast_enabled("cpu"):
+                return list(self._function(*inputs))
+            with torch.autocast("cpu", enabled=False):
+                return list(self._function(*inputs))
 
     def nbytes(self) -> int:
         """Bytes of the constants. What IPEX packs of them it keeps to itself."""

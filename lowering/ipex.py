@@ -16,6 +16,7 @@ Quantization with scales that are computed at run time, and formats of other tha
 from __future__ import annotations
 
 import platform
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from inc_graph.errors import IncWarning
 from inc_graph.graph import module_path, mutated_attrs, unique_name, val
 from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
 from inc_graph.lowering._ipex import Scripted, example, import_ipex, run_scripted, why_not
@@ -105,8 +107,14 @@ class Ipex(Backend):
             inputs, outputs = borders(part, held)
             if not outputs or not any(is_dequantize(n) for n in part):
                 continue
-            written = write(context, part, inputs, outputs)
-            script = Scripted(written, [example(val(n)) for n in inputs])
+            try:
+                written = write(context, part, inputs, outputs)
+                script = Scripted(written, [example(val(n)) for n in inputs])
+            except RuntimeError as e:  # torch's, of what it cannot compile or run
+                first = next((line for line in str(e).splitlines() if line.strip()), "")
+                text = f"IPEX cannot run the graph from {part[0].name} to {part[-1].name}: {first}"
+                warnings.warn(f"{text}; it runs on the reference", IncWarning, stacklevel=2)
+                continue
             context.groups += script.groups
             context.inside.update({n.name: asked[n] for n in part if n in asked and n.name in script.operators})
             context.apart.update(n.name for n in part if pattern_of(n) is not None and n.name not in script.inside)
