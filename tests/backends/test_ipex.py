@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import real_models as rm
-from inc_graph.errors import IncError
+from inc_graph.errors import IncError, IncWarning
 from inc_graph.export import export
+from inc_graph.lowering import ipex as backend
 from inc_graph.quantization import RTNConfig, StaticQuantConfig, convert, load, prepare, quantize
 from inc_graph.registry import BACKENDS
 from inc_graph.text import to_text
@@ -29,18 +30,18 @@ pytestmark = pytest.mark.ipex
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ipex() -> Iterator[Any]:
+def imported() -> Iterator[Any]:
     try:
         yield importlib.import_module("intel_extension_for_pytorch")
     except Exception as e:  # it raises whatever its parts raise
         pytest.skip(f"IPEX cannot be imported: {type(e).__name__}: {e}")
 
 
-def both(model: nn.Module, *x: Tensor, config: Any = None, backend: str = "ipex", **options: Any) -> tuple[Any, Any]:
+def both(model: nn.Module, *x: Tensor, config: Any = None, **options: Any) -> tuple[Any, Any]:
     """The model on IPEX and on the reference."""
     prepared = prepare(export(model.eval(), x, **options), config or StaticQuantConfig())
     prepared(*x)
-    return convert(prepared, backend=backend), convert(prepared, backend="eager")
+    return convert(prepared, backend="ipex"), convert(prepared, backend="eager")
 
 
 def executed(model: Any, *x: Tensor) -> int:
@@ -156,6 +157,29 @@ def test_under_torch_compile_and_copied() -> None:
     assert torch.equal(q(z), want) and not q(z).requires_grad
     with torch.inference_mode():
         assert torch.equal(q(x), want)
+
+
+def test_autocast_around_a_call_changes_nothing() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 64)
+    q, _ = both(mlp(), x)
+    want = q(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(q(x), want)
+    assert executed(q, x) == 3
+
+
+def test_what_cannot_be_compiled_runs_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("\nno such operator\nand more")
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 64)
+    monkeypatch.setattr(backend, "Scripted", fails)
+    with pytest.warns(IncWarning, match="IPEX cannot run .*: no such operator; it runs on the reference"):
+        q, e = both(mlp(), x)
+    assert not q.report.kernels and len(q.report.reference) == 3
+    assert torch.equal(q(x), e(x))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
