@@ -112,15 +112,16 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     import intel_extension_for_pytorch as ipex
 
-    table = Table(title=f"torch {torch.__version__}, IPEX {ipex.__version__}, {options.threads} threads")
-    for column in ("model", "ms", "x float", "ms", "x float", "SQNR dB", "to eager", "kernels / reference"):
-        table.add_column(column)
-    for name in options.model:
-        for row in measure(CASES[name](), options.rounds):
-            table.add_row(*row)
     console = Console()
     console.width = max(console.width, 150)
-    console.print(table)
+    console.print(f"torch {torch.__version__}, IPEX {ipex.__version__}, {options.threads} threads")
+    for name in options.model:
+        table = Table()
+        for column in ("model", "ms", "x float", "ms", "x float", "SQNR dB", "to eager", "kernels / reference"):
+            table.add_column(column)
+        for row in measure(CASES[name](), options.rounds):
+            table.add_row(*row)
+        console.print(table)
 
 
 if __name__ == "__main__":
