@@ -1,11 +1,13 @@
 # Everything runs in one virtual environment, created on first use and updated when pyproject.toml changes.
-# Where packages come from is pip's own configuration. Another torch, beside the first:
-#   make test VENV=.venv-ipex TORCH_SPEC=torch==2.8.0 EXTRAS=dev,eval,ipex
+# Where packages come from is pip's own configuration. Another torch, beside the first, with IPEX (`make test-ipex` uses
+# the same environment):
+#   make test VENV=.venv-ipex TORCH_SPEC=torch==2.8.0 EXTRAS=test,eval,ipex
 PYTHON     ?= python3
 VENV       ?= .venv
 TORCH_SPEC ?= torch==2.13.0
 EXTRAS     ?= dev,eval
 PYTEST_ARGS ?=
+IPEX_VENV  ?= .venv-ipex
 JOBS       ?= 2
 
 # Tests run in as many processes, whose threads must not spin while they wait; those marked `alone` follow one by one.
@@ -19,7 +21,7 @@ STAMP := $(VENV)/.installed
 BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all bench lint format docs pages clean
+.PHONY: help venv demo test test-slow test-ipex test-all bench lint format docs pages clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,7 +54,11 @@ test: $(STAMP) ## the tests, without the slow ones
 test-slow: $(STAMP) ## only the slow tests
 	$(call run_tests,slow and not bench)
 
-test-all: test test-slow ## all tests, each once
+test-ipex: ## the tests of the IPEX backend, with torch 2.8 in an environment of its own
+	$(MAKE) venv VENV=$(IPEX_VENV) TORCH_SPEC=torch==2.8.0 EXTRAS=test,eval,ipex
+	$(IPEX_VENV)/bin/python -m pytest -m "ipex and not bench" $(PYTEST_ARGS)
+
+test-all: test test-slow test-ipex ## all tests, each once
 
 bench: $(BENCH) ## compare with other quantizers, side by side
 	$(BIN)/python -m benchmarks.static_int8

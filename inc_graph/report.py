@@ -196,7 +196,11 @@ def _carries(pattern: OpPattern | None) -> bool:
 
 
 def with_activations(
-    floats: list[OpLine], gm: fx.GraphModule, lowered: fx.GraphModule, kernels: Collection[str]
+    floats: list[OpLine],
+    gm: fx.GraphModule,
+    lowered: fx.GraphModule,
+    kernels: Collection[str],
+    apart: Collection[str] = (),
 ) -> list[OpLine]:
     """The float operators of a Q-DQ graph, once it is known which activation functions went into kernels.
 
@@ -205,10 +209,11 @@ def with_activations(
         gm, lowered: The Q-DQ graph, and what a backend made of it: a function that is gone there is in a kernel.
         kernels: Names of the operators that run in quantized kernels. The function behind another operator is computed
             with that one, on the reference.
+        apart: Names of operators that are gone and in no kernel all the same (see `LoweringReport.apart`).
     """
     left = {(n.name, n.target) for n in lowered.graph.nodes}
     found = {n.name: n for n in gm.graph.nodes if (p := pattern_of(n)) is not None and p.role == "activation"}
-    gone = {name for name, node in found.items() if (name, node.target) not in left}
+    gone = {name for name, node in found.items() if (name, node.target) not in left and name not in apart}
     lines = [line for line in floats if line.name not in gone]
     told = gone.union(line.name for line in lines)
     for name, node in found.items():

@@ -69,6 +69,7 @@ class LoweringReport:
         claimed: Count of rewrites by claim.
         missed: Node name -> (module path, reason) of each operator with quantized inputs that no claim took.
         reference: Count of `inc::` operators left to the reference implementation, by operator.
+        apart: Names of operators that are gone from the graph, since a function computes them, and are in no kernel.
     """
 
     backend: str
@@ -77,6 +78,7 @@ class LoweringReport:
     claimed: Counter[str] = field(default_factory=Counter)
     missed: dict[str, tuple[str, str]] = field(default_factory=dict)
     reference: Counter[str] = field(default_factory=Counter)
+    apart: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: " + (", ".join(f"{n} {k}" for k, n in sorted(self.claimed.items())) or "no claims")]
@@ -130,6 +132,9 @@ class Backend(ABC):
     def finish(self, context: Any) -> None:  # noqa: B027 - optional
         """Last changes to the graph, after the claims."""
 
+    def tell(self, context: Any, report: LoweringReport) -> None:  # noqa: B027 - optional
+        """Add to the report what the claims do not know."""
+
     def for_compile(self, lowered: fx.GraphModule) -> nn.Module:
         """What torch.compile is to trace in place of a lowered graph: a copy that shares its tensors, or itself."""
         return lowered
@@ -163,6 +168,7 @@ class Backend(ABC):
         erase_dead(work)
         _freeze(work)
         report.absorbed = context.absorbed
+        self.tell(context, report)
         report.reference = Counter(str(n.target) for n in work.graph.nodes if is_inc(n))
         set_level(work, "lowered")
         if os.environ.get("INC_VERIFY") == "1":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import sys
 import types
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -149,19 +151,102 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_backend("inductor")
 
 
-def test_ipex_is_taken_if_the_program_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_ipex_imported()
-    monkeypatch.setitem(sys.modules, "intel_extension_for_pytorch", types.ModuleType("ipex"))
+@pytest.fixture
+def pretend_ipex(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Import something as IPEX that says it is of a version; None takes it away, whether it is installed or not."""
+
+    def pretend(version: str | None) -> None:
+        monkeypatch.delitem(sys.modules, "intel_extension_for_pytorch", raising=False)
+        if version is not None:
+            module = types.ModuleType("intel_extension_for_pytorch")
+            if version:
+                module.__version__ = version  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, "intel_extension_for_pytorch", module)
+
+    return pretend
+
+
+ME = ".".join(torch.__version__.split(".")[:2])
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "inductor", "ipex"])
+@pytest.mark.parametrize("model", [None, "cpu"], ids=["no model", "model on the CPU"])
+@pytest.mark.parametrize("variable", [None, "cpu", "xpu", "cuda", "hpu"])
+@pytest.mark.parametrize("imported", [True, False])
+def test_every_combination(
+    imported: bool, variable: str | None, model: str | None, backend: str, monkeypatch: pytest.MonkeyPatch,
+    pretend_ipex: Callable[[str | None], None],
+) -> None:  # fmt: skip
+    """IPEX imported -> ipex, else inductor; INC_TARGET_DEVICE overrides the device; an argument overrides both."""
+    pretend(monkeypatch)  # a machine with a CPU only
+    pretend_ipex(f"{ME}.0+cpu" if imported else None)
+    monkeypatch.setattr(type(BACKENDS.get("cuda")), "available", lambda self: None)
+    monkeypatch.setattr(type(BACKENDS.get("ipex")), "available", lambda self: None)
+    if variable is not None:
+        monkeypatch.setenv("INC_TARGET_DEVICE", variable)
+    on_cpu = "ipex" if imported else "inductor"
+    expected = {None: on_cpu, "cpu": on_cpu, "xpu": on_cpu, "cuda": "cuda", "hpu": "eager"}[variable]
+    device = None if model is None else detect_device(nn.Linear(2, 2))
+    name, note = choose_backend(backend, device)
+    assert name == (expected if backend == "auto" else backend)
+    assert bool(note) == (backend == "auto" and variable == "hpu")  # in this version the reference stands in
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("2.3.1+cpu", "2.3.1+cpu was not made for torch"), ("", "does not tell its version")]
+)
+def test_an_ipex_for_another_torch(
+    version: str, said: str, pretend_ipex: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both versions and what to do; "auto" goes on with inductor, a named backend is an error, nothing is half done."""
+    pretend_ipex(version)
     assert is_ipex_imported()
-    if "ipex" in BACKENDS:
-        pytest.skip("the real one is here")
-    assert choose_backend("auto", "cpu") == ("inductor", "")
-    BACKENDS.add("ipex", BACKENDS.get("eager"))
-    try:
-        assert choose_backend("auto", "cpu") == choose_backend("auto", "xpu") == ("ipex", "")
-        assert choose_backend("auto", "cuda")[0] == "eager"
-    finally:
-        BACKENDS.remove("ipex")
+    name, note = choose_backend("auto", "cpu")
+    assert name == "inductor" and note.endswith("; using 'inductor'")
+    for part in ("backend 'ipex' is not available", said, torch.__version__, "pip install 'torch==2.8.*'"):
+        assert part in note
+    with pytest.raises(LoweringError, match=r"torch==2\.8") as caught:
+        choose_backend("ipex")
+    assert said in str(caught.value) and torch.__version__ in str(caught.value)
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8)
+    with pytest.warns(IncWarning, match="was not made for torch"):
+        q = quantize(model, StaticQuantConfig(), lambda m: m(x), inplace=False, example_inputs=x)
+    assert q.report.backend == "inductor" and q.report.count("linear") == 1
+    with pytest.raises(LoweringError, match="'ipex' is not available"):
+        quantize(model, StaticQuantConfig(), lambda m: m(x), example_inputs=x, backend="ipex")
+    assert type(model[0]) is nn.Linear and model(x).shape == (2, 4)
+
+
+def test_something_else_by_the_name_of_ipex(pretend_ipex: Callable[[str | None], None]) -> None:
+    """The version fits, but nothing in it fuses: found when a graph is lowered, and said."""
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8)
+    q = quantize(model, StaticQuantConfig(), lambda m: m(x), inplace=False, example_inputs=x, backend="eager")
+    pretend_ipex(f"{ME}.0")
+    with pytest.raises(LoweringError, match="what is imported as intel_extension_for_pytorch is not IPEX"):
+        BACKENDS.get("ipex").lower(q.graph)
+
+
+def test_ipex_that_is_not_installed(
+    pretend_ipex: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    pretend_ipex(None)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert not is_ipex_imported() and choose_backend("auto", "cpu") == ("inductor", "")
+    with pytest.raises(LoweringError, match="intel_extension_for_pytorch is not installed"):
+        choose_backend("ipex")
+
+
+def test_no_cpu_kernels_at_all(pretend_ipex: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step down is named."""
+    pretend_ipex("1.0")
+    monkeypatch.setattr(type(BACKENDS.get("inductor")), "available", lambda self: "no such CPU")
+    name, note = choose_backend("auto", "cpu")
+    assert name == "eager" and note.index("'ipex' is not") < note.index("'inductor' is not") < note.index(
+        "using 'eager'"
+    )
 
 
 def test_a_device_that_is_not_there_runs_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

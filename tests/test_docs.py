@@ -37,6 +37,7 @@ import docs_api  # noqa: E402
 import docs_fields  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+MARKS = {"ipex.md": pytest.mark.ipex}  # `make test-ipex` runs the code of these
 MADE = docs_fields.pages() | docs_api.pages()  # test_surface.py compares the page of docs_surface
 WITHOUT_CODE = {"architecture.md", "measurements.md", "plan.md", "surface.md"}
 ILLUSTRATIONS = {  # page -> how many blocks in it are neither code, output nor commands: formulas, layouts, schemas
@@ -101,7 +102,7 @@ def this_machine_prints_the_same() -> bool:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("untouched")
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=MARKS.get(p.name, ()), id=p.name) for p in PAGES])
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(page.read_text(encoding="utf-8"))
     need = NEEDS.get(page.name)

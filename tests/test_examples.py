@@ -47,6 +47,11 @@ QUICK = {
         r"INT4, as it is +\d\d\.\d %\nINT4, trained with it +9\d\.\d %\n",
         r"converted and trained differ by \d\.\de[-+]0[05-9]",
     ],
+    "run_on_ipex": [
+        r"conv2d +│ +2 │ int8",
+        r"batch  1: \w+ differs from the reference by \d\.\de-0[3-9]",
+        r"batch 32: \w+ differs from the reference by \d\.\de-0[3-9]",
+    ],
     "add_your_own_backend": [
         r"linear +│ +1 │ integer linear",
         r"conv1d +│ +1 │ float: backend 'plain_integers' has no quantized kernel for conv1d",

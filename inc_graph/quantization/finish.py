@@ -138,7 +138,7 @@ def assemble(
             _, reason = lowered.report.missed.get(line.name, ("", default))
             report.reference.append(replace(line, detail=reason))
     done = {line.name for line in report.kernels}
-    report.floats = with_activations(report.floats, qdq, lowered.graph, done)
+    report.floats = with_activations(report.floats, qdq, lowered.graph, done, lowered.report.apart)
     model = QuantizedModel(qdq, lowered.graph, report, lowered.packed, target.for_compile(lowered.graph))
     report.bytes_after = attribute_bytes(model)
     return model

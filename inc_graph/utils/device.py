@@ -65,7 +65,8 @@ def _kind(model: nn.Module | None) -> str:
 
 
 def choose_backend(backend: str = "auto", device: str | None = None) -> tuple[str, str]:
-    """(backend, note). "auto" takes the device's own backend if it can run here, else the reference, and says so.
+    """(backend, note). "auto" takes "ipex" on a CPU if the program has imported IPEX, else the device's own backend;
+    what cannot run here is passed over, down to the reference, and the note says so.
 
     Raises:
         UnknownNameError: if an explicit backend does not exist.
@@ -77,12 +78,12 @@ def choose_backend(backend: str = "auto", device: str | None = None) -> tuple[st
             raise LoweringError(f"backend '{backend}' is not available: {reason}", hint="backend='eager' always is")
         return backend, ""
     device = device or detect_device()
-    wanted = _BACKENDS.get(device, "")
+    wanted = [name for name in (_BACKENDS.get(device, ""), "eager") if name in BACKENDS]
     if device in ("cpu", "xpu") and is_ipex_imported() and "ipex" in BACKENDS:
-        wanted = "ipex"
-    if wanted not in BACKENDS:
-        return "eager", f"no backend for {device} in this version; using 'eager'"
-    reason = BACKENDS.get(wanted).available()
-    return (
-        (wanted, "") if reason is None else ("eager", f"backend '{wanted}' is not available: {reason}; using 'eager'")
-    )
+        wanted.insert(0, "ipex")
+    reasons = [] if wanted != ["eager"] else [f"no backend for {device} in this version"]
+    for name in wanted:
+        if (reason := BACKENDS.get(name).available()) is None:
+            break
+        reasons.append(f"backend '{name}' is not available: {reason}")
+    return name, "; ".join([*reasons, f"using '{name}'"]) if reasons else ""
