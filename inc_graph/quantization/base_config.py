@@ -60,6 +60,7 @@ class BaseConfig:
         name: Of the algorithm.
         fields: Field name -> what it may be, in the order of the arguments.
         priority: Where two configs of a `ComposableConfig` claim one operator, the higher one gets it.
+        yields: Every other config gets it, whatever the priorities.
         tuning: Candidates of `get_config_set_for_tuning`.
         on_client: Fields that have other defaults on a client processor.
         operators: Module classes and functions that the algorithm is for.
@@ -70,6 +71,7 @@ class BaseConfig:
     name: ClassVar[str] = "base_config"
     fields: ClassVar[dict[str, Field]] = {}
     priority: ClassVar[int] = 0
+    yields: ClassVar[bool] = False
     tuning: ClassVar[dict[str, list[Any]]] = {}
     on_client: ClassVar[dict[str, Any]] = {}
     operators: ClassVar[tuple[Any, ...]] = ()
@@ -467,6 +469,11 @@ class BaseConfig:
         return config_mapping([self] if config_list is None else list(config_list), list(model_info or ()))
 
     # ------------------------------------------------------------------------------------------------------ as a recipe
+    @property
+    def rank(self) -> int:
+        """What counts where configs of a composition claim one operator: the priority, and -1 for one that yields."""
+        return -1 if self.yields else self.priority
+
     def leaves_float(self) -> bool:
         """Whether the fields say that operators stay float."""
         return False

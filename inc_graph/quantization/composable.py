@@ -143,7 +143,7 @@ class ComposableConfig(BaseConfig):
 
     def _ranked(self) -> list[BaseConfig]:
         """In rising priority; where two claim an operator in the same way, the later rule wins."""
-        return sorted(self._configs, key=lambda c: c.priority)
+        return sorted(self._configs, key=lambda c: c.rank)
 
     def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
         """One recipe of all configs.

@@ -45,10 +45,10 @@ class Entry:
 
 def entries_of(configs: Sequence[Any]) -> list[Entry]:
     """The entries of configs, in rising priority; among equals the order is kept."""
-    ranked = sorted(configs, key=lambda c: c.priority)
+    ranked = sorted(configs, key=lambda c: c.rank)
     found: list[Entry] = []
     for i, config in enumerate(ranked):
-        if i and ranked[i - 1].priority < config.priority:
+        if i and ranked[i - 1].rank < config.rank:
             found.append(Entry(Where(), None, PRIORITY))
         found += _entries(config)
     return found

@@ -38,7 +38,7 @@ class SmoothQuantConfig(Int8Config):
         "auto_alpha_args": Field(None, either(a_choice(None), a_dict(*_ALPHA, "n_samples")),
                                  "The options of the search together; None: those above."),
     }  # fmt: skip
-    priority = -1  # what another config of a composition claims is that one's to quantize, and smoothed all the same
+    yields = True  # what another config of a composition claims is that one's to quantize, and smoothed all the same
     auto_alpha_args: Any
     tuning: ClassVar[dict[str, list[Any]]] = {
         "alpha": [round(0.1 * i, 1) for i in range(1, 10)],
