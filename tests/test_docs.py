@@ -44,7 +44,7 @@ ILLUSTRATIONS = {  # page -> how many blocks in it are neither code, output nor 
     "architecture.md": 2,
     "from_scratch.md": 1,
     "ir.md": 5,
-    "passes.md": 9,
+    "passes.md": 10,
     "writing_a_backend.md": 1,
 }
 NEEDS = {  # 8-bit kernels, or a package

@@ -37,6 +37,11 @@ QUICK = {
         r"still a Classifier; equal: True",
         r"damaged: inc_graph.json: field 'format' is not 'inc_graph'",
     ],
+    "quantize_without_data": [
+        r"defaults: SQNR 1\d\.\d dB",
+        r"'act_granularity': 'per_token'}: SQNR 2[4-8]\.\d dB",
+        r"linear +│ +5 │ int8 linear, dynamic uint8, per token",
+    ],
     "half_precision": [
         r"everything: error 0\.00\d\d, 0\.5\d x the bytes\n  layer_norm is float32: its mean and variance",
         r"but the head: error 0\.00\d\d, 0\.6\d x the bytes\n.*\n  linear is float32: kept float by set_local\('3'\)",

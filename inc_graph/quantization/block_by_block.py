@@ -194,8 +194,9 @@ class BlockByBlock:
         if stops is None or not all(isinstance(stop, Pause) and stop.leaf is group.leaves[0] for stop in stops):
             self._one_by_one()
             return
-        for stop in stops:
-            group.take(stop.x)
+        with torch.no_grad(), self._autocast():  # of the dtype that the layers multiply
+            for stop in stops:
+                group.take(stop.x)
         group.seen()
         self.stage += 1
 

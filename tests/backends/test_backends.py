@@ -19,6 +19,7 @@ from inc_graph.ops import DEQUANTIZE
 from inc_graph.pattern import Any as Anything
 from inc_graph.pattern import Match, P
 from inc_graph.quantization import StaticQuantConfig, convert, prepare
+from inc_graph.recurrent import GRU_STEPS, LSTM_STEPS
 from inc_graph.registry import BACKENDS
 from tests.backends.qdq import Builder, Params, calls, lower, run_both
 
@@ -95,6 +96,15 @@ def small(op: str, act: str | None, weight: str | None) -> tuple[fx.GraphModule,
         i = b.input(index)
         table = b.weight(torch.rand(3, 4), weight or "int8", scheme=scheme)
         return b.done(b.call(aten.embedding.default, table, i)), index
+    if op in ("lstm_steps", "gru_steps"):
+        x, gates = torch.randn(3, 2, 16 if op == "lstm_steps" else 12), 4 if op == "lstm_steps" else 3
+        i = b.input(x)
+        state = b.call(aten.slice.Tensor, b.call(aten.select.int, i, 0, 0), 1, 0, 4)
+        scheme = "asymmetric" if weight and weight.startswith("u") else "symmetric"
+        w = b.weight(torch.randn(4 * gates, 4) / 4, weight or "int8", scheme=scheme)
+        if op == "lstm_steps":
+            return b.done(b.call(LSTM_STEPS, i, state, state, w, False)), x
+        return b.done(b.call(GRU_STEPS, i, state, w, None, False)), x
     p = FORMATS[act or "uint8"]
     dims = int(op[-2]) if op[-1] == "d" and op[-2].isdigit() else 0
     x = p.values(2, 4, *[5] * dims)
