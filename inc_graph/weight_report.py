@@ -11,6 +11,7 @@ from torch import fx
 
 from inc_graph.errors import ConfigError
 from inc_graph.graph import module_path, peek_meta
+from inc_graph.oppattern import argument, pattern_of
 from inc_graph.tables import printed
 
 __all__ = ["WeightLine", "Weights", "low_ranks", "weight_lines"]
@@ -83,12 +84,19 @@ def _share(value: float | None) -> str:
 
 
 def weight_lines(gm: fx.GraphModule) -> Weights:
-    """The lines of a Q-DQ graph, from what `convert-qdq` has noted."""
+    """The lines of a Q-DQ graph, from what `convert-qdq` has noted. A weight that several layers read has one."""
     found = Weights()
+    seen: set[fx.Node] = set()
     for node in gm.graph.nodes:
         weight = peek_meta(node).get("weight", {})
         if (notes := weight.get("notes")) is None:
             continue
+        pattern = pattern_of(node)
+        if pattern is not None and pattern.weight is not None:
+            values: fx.Node = argument(node, pattern.weight)
+            if values in seen:
+                continue
+            seen.add(values)
         spec = weight["spec"]
         size = spec["granularity"].get("sizes") or spec["granularity"]["kind"]
         names = {"rounded": "rtn_error", "error": "error", "damping": "damping", "rank": "rank"}

@@ -131,7 +131,8 @@ def test_a_composition_gives_each_module_to_the_highest_priority(
 ) -> None:
     mapping = config_mapping(members, tree)
     for path, kind in tree:
-        claims = [(-1 if m.yields else m.priority, i, x) for i, m in enumerate(members) if (x := by_search(m, path, kind)) is not None]
+        rank = [-1 if m.yields else m.priority for m in members]
+        claims = [(rank[i], i, x) for i, m in enumerate(members) if (x := by_search(m, path, kind)) is not None]
         gives = {id(x): 0 if x.leaves_float() else 1 if x.half is not None else 2 for *_, (_, x) in claims}
         ranked = [(gives[id(x)], priority, how, i, x) for priority, i, (how, x) in claims]
         expected = max(ranked, key=lambda claim: claim[:4], default=(None,))[-1]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from inc_graph.quantization import RTNConfig, StaticQuantConfig, load, save
+from inc_graph.quantization import RTNConfig, StaticQuantConfig, load, quantize, save
 from tests.weight_only_models import SCOPES, Words, ids, quantized, tensors
 
 BOTH = StaticQuantConfig(w_dtype="int4", act_dtype="fp32", bias_correction=False)
@@ -29,6 +29,19 @@ def test_tied_weights_of_which_one_is_quantized(scope: str) -> None:
     assert len(said) == 1 and "head shared its weight with table" in said[0]
     kept = [t for t in tensors(q).values() if t.shape == (24, 32) and t.is_floating_point()]
     assert len(kept) == 1 and torch.equal(kept[0], model.table.weight)
+
+
+def test_a_weight_that_two_layers_share_has_one_line() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.relu(self.layer(x)))
+
+    (line,) = quantize(Twice().eval(), RTNConfig(), example_inputs=(torch.randn(2, 32),)).report.weights
+    assert line.name == "layer" and line.bytes == 32 * 16 + 2 * 32
 
 
 @pytest.mark.parametrize("scope", SCOPES)
