@@ -50,7 +50,7 @@ class Setting:
     """A method with its options, in the words that this library and neural_compressor share.
 
     ``config`` makes the config from such a package; ``layers`` (a pattern) says which tensors' layers it quantizes;
-    ``writes``: also compare what the model writes.
+    ``writes``: also compare what the model writes. ``compute_dtype``: what this library's layers multiply in.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Setting:
     layers: str = LINEARS
     writes: bool = False
     only_ours: bool = False
+    compute_dtype: str | None = None
 
     @property
     def method(self) -> str:
@@ -91,6 +92,20 @@ SETTINGS = (
     _rtn("4-bit g64 asym", bits=4, group_size=64, use_sym=False),
     _rtn("3-bit g64 asym", bits=3, group_size=64, use_sym=False),
     Setting("RTN 8-bit", lambda q: q.RTNConfig(bits=8, group_size=-1), writes=True),
+    Setting(
+        "RTN 8-bit g16 asym, float32",
+        lambda q: q.RTNConfig(bits=8, group_size=16, use_sym=False),
+        writes=True,
+        only_ours=True,
+        compute_dtype="float32",
+    ),
+    Setting(
+        "GPTQ 8-bit g32 asym, float32",
+        lambda q: q.GPTQConfig(bits=8, group_size=32, use_sym=False),
+        writes=True,
+        only_ours=True,
+        compute_dtype="float32",
+    ),
     _rtn("nf4 g32", dtype="nf4", group_size=32),
     _rtn("fp4 g32", dtype="fp4", group_size=32),
     _preset("BNB_NF4"),
@@ -160,7 +175,11 @@ def by_config(package: str, setting: Setting) -> Quantizer:
         prepared = q.prepare(model, config)
         for window in calibration if setting.method == "gptq" else ():
             prepared(input_ids=window[None], use_cache=False)
-        return q.convert(prepared)
+        return (
+            q.convert(prepared, compute_dtype=setting.compute_dtype)
+            if package.startswith(OURS)
+            else q.convert(prepared)
+        )
 
     return quantize
 

@@ -55,12 +55,24 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def _clone(gm: fx.GraphModule, memo: dict[int, nn.Module]) -> fx.GraphModule:
-    new = memo[id(gm)] = fx.GraphModule(nn.Module(), fx.Graph(), gm.__class__.__name__)
+    new = memo[id(gm)] = _empty(gm.__class__.__name__)
     _copy_tables(gm, new, memo)
     new.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in new.__dict__})
     new.training = gm.training
     new.meta = {k: _copy_json(v) if k == "inc" else copy.copy(v) for k, v in gm.meta.items()}
     _share_code(gm, new, copy_graph(gm.graph))
+    return new
+
+
+def _empty(name: str) -> fx.GraphModule:
+    """A graph module without a graph: that generates no code, which takes longer than all else here."""
+    new = fx.GraphModule.__new__(fx.GraphModule)
+    nn.Module.__init__(new)
+    type(new).__name__ = name
+    hooks: dict[str, list[Any]] = {
+        f"_{kind}_hooks": [] for kind in ("replace", "create_node", "erase_node", "deepcopy")
+    }
+    new.__dict__.update(hooks, _tracer_cls=None, _tracer_extras={}, shape_env=None)
     return new
 
 
