@@ -84,19 +84,19 @@ def _share(value: float | None) -> str:
 
 
 def weight_lines(gm: fx.GraphModule) -> Weights:
-    """The lines of a Q-DQ graph, from what `convert-qdq` has noted. A weight that several layers read has one."""
+    """The lines of a Q-DQ graph, from what `convert-qdq` has noted. A layer that is called several times has one."""
     found = Weights()
-    seen: set[fx.Node] = set()
+    seen: set[tuple[fx.Node, str]] = set()
     for node in gm.graph.nodes:
         weight = peek_meta(node).get("weight", {})
         if (notes := weight.get("notes")) is None:
             continue
         pattern = pattern_of(node)
         if pattern is not None and pattern.weight is not None:
-            values: fx.Node = argument(node, pattern.weight)
-            if values in seen:
+            layer: tuple[fx.Node, str] = argument(node, pattern.weight), module_path(node)
+            if layer in seen:
                 continue
-            seen.add(values)
+            seen.add(layer)
         spec = weight["spec"]
         size = spec["granularity"].get("sizes") or spec["granularity"]["kind"]
         names = {"rounded": "rtn_error", "error": "error", "damping": "damping", "rank": "rank"}

@@ -31,7 +31,7 @@ def test_tied_weights_of_which_one_is_quantized(scope: str) -> None:
     assert len(kept) == 1 and torch.equal(kept[0], model.table.weight)
 
 
-def test_a_weight_that_two_layers_share_has_one_line() -> None:
+def test_a_layer_that_is_called_twice_has_one_line() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
