@@ -399,10 +399,7 @@ def test_a_failed_conversion_changes_nothing(model: Net, monkeypatch: pytest.Mon
 
 
 def test_a_dynamic_config_is_trained_with_the_scales_of_each_batch(model: Net) -> None:
-    try:
-        prepare_qat(model, DynamicQuantConfig())
-    except NotImplementedError:
-        pytest.skip("dynamic INT8 is not in this version")
+    prepare_qat(model, DynamicQuantConfig())
     assert isinstance(model.fc1.fake_quant.input, OwnScale)
     train(model, 2)
     with torch.no_grad():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
 from inc_graph.quantization.base_config import register_config
-from inc_graph.quantization.configs.activations import INT8, SEVEN_BITS, Int8Config, needs_reduce_range
+from inc_graph.quantization.configs.activations import INT8, Int8Config, static_int8
 from inc_graph.quantization.fields import Field, a_choice
 from inc_graph.recipe import OpQuant, Recipe
-from inc_graph.spec import PerChannel, PerTensor, PerToken, QSpec
+from inc_graph.spec import PerTensor, PerToken
 
 __all__ = ["DynamicQuantConfig"]
 
@@ -58,16 +59,10 @@ class DynamicQuantConfig(Int8Config):
     def op_quant(self) -> OpQuant | None:
         if self.w_dtype == "fp32":
             return None
-        seven = SEVEN_BITS if needs_reduce_range() else {}  # 16-bit sums of an old CPU would saturate
-        granularity = PerChannel(0) if self.w_granularity == "per_channel" else PerTensor()
-        scheme = "symmetric" if self.w_sym else "asymmetric"
-        weight = QSpec(seven.get(self.w_dtype, self.w_dtype), scheme, granularity)
-        if self.act_dtype == "fp32":
-            return OpQuant(None, weight, weight_algorithm=self.w_algo)
+        what = static_int8(self, bias_correction=False)
         rows = PerToken() if self.act_granularity == "per_token" else PerTensor()
-        scheme = "symmetric" if self.act_sym else "asymmetric"
-        activation = QSpec(seven.get(self.act_dtype, self.act_dtype), scheme, rows, dynamic=True)
-        return OpQuant(activation, weight, weight_algorithm=self.w_algo)
+        activation = what.activation and replace(what.activation, granularity=rows, dynamic=True)
+        return replace(what, activation=activation, act_algorithm="minmax")
 
     def recipe(self, backend: str, supported: tuple[str, ...] | None) -> Recipe:
         return Recipe(
