@@ -23,7 +23,7 @@ from torch import Tensor
 from inc_graph import numerics
 from inc_graph.lowering import _onednn
 from inc_graph.lowering._dynamic_native import ACTIVATIONS, TYPES, Passes, passes
-from inc_graph.lowering._onednn import HAS_OPAQUE, NotPickled, OpaqueBase, define, onednn, real
+from inc_graph.lowering._onednn import HAS_OPAQUE, PackedLayer, define, onednn, real
 from inc_graph.lowering._packed import PackedWeight
 from inc_graph.qtypes import get_qtype
 
@@ -92,7 +92,7 @@ def dynamic_codes(x: Tensor, qtype: str, scheme: str, per_row: bool) -> tuple[Te
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
-class DynamicLayer(OpaqueBase):  # type: ignore[misc,valid-type]
+class DynamicLayer(PackedLayer):
     """A quantized linear layer for inputs as `dynamic_codes` makes them. Immutable.
 
     Args:
@@ -164,18 +164,6 @@ class DynamicLayer(OpaqueBase):  # type: ignore[misc,valid-type]
         """Bytes of the bias and sums, and of the packed weight unless another layer counts it."""
         own = sum(t.nbytes for t in (self.bias, self.weight_sums) if t is not None)
         return own + (self.weight.nbytes() if self._counted else 0)
-
-    def __copy__(self) -> DynamicLayer:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLayer:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise NotPickled(
-            "a layer that is packed for this machine's oneDNN cannot be pickled",
-            hint="inc_graph.quantization.save(q_model, folder) saves what it was made of",
-        )
 
     def __repr__(self) -> str:
         fused = [self.activation] if self.activation != "none" else []

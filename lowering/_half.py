@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inc_graph.lowering._onednn import HAS_OPAQUE, PLAIN, Activation, NotPickled, OpaqueBase, define, real
+from inc_graph.lowering._onednn import HAS_OPAQUE, PLAIN, Activation, PackedLayer, define, real
 from inc_graph.lowering._packed import Geometry
 
 __all__ = ["HalfLayer", "HalfWeight", "half_layer", "half_layer_add", "has_kernels"]
@@ -63,7 +63,7 @@ class HalfWeight:
         return int(mkldnn._nbytes(self.tensor))
 
 
-class HalfLayer(OpaqueBase):
+class HalfLayer(PackedLayer):
     """A linear layer (geometry None) or convolution in half precision, ready to run. Immutable.
 
     Args:
@@ -124,18 +124,6 @@ class HalfLayer(OpaqueBase):
     def nbytes(self) -> int:
         """Bytes of the bias, and of the packed weight unless another layer counts it."""
         return (0 if self.bias is None else self.bias.nbytes) + (self.weight.nbytes() if self._counted else 0)
-
-    def __copy__(self) -> HalfLayer:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HalfLayer:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise NotPickled(
-            "a layer that is packed for this machine's oneDNN cannot be pickled",
-            hint="inc_graph.quantization.save(q_model, folder) saves what it was made of",
-        )
 
     def __repr__(self) -> str:
         kind = "linear" if self.geometry is None else f"conv{len(self.geometry.stride)}d"

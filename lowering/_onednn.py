@@ -21,7 +21,7 @@ from torch import Tensor
 from inc_graph.errors import LoweringError
 from inc_graph.lowering._packed import Geometry, PackedWeight
 
-__all__ = ["HAS_OPAQUE", "Activation", "Int8Layer", "NotPickled", "Other", "Output",
+__all__ = ["HAS_OPAQUE", "Activation", "Int8Layer", "NotPickled", "Other", "Output", "PackedLayer",
            "define", "int8_layer", "int8_layer_add", "int8_layer_sum", "real"]  # fmt: skip
 
 onednn = torch.ops.onednn
@@ -79,7 +79,23 @@ FORMS: dict[int, tuple[str, ...]] = {0: ("add", "sum"), 1: ("sum",), 2: ("sum",)
 """Operands that can be added; behind one only "none" and "relu" are possible."""
 
 
-class Int8Layer(OpaqueBase):
+class PackedLayer(OpaqueBase):
+    """A layer in oneDNN's layout, which torch.compile does not look into. Immutable: copies are the layer itself."""
+
+    def __copy__(self) -> PackedLayer:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotPickled(
+            "a layer that is packed for this machine's oneDNN cannot be pickled",
+            hint="inc_graph.quantization.save(q_model, folder) saves what it was made of",
+        )
+
+
+class Int8Layer(PackedLayer):
     """A quantized linear layer (geometry None) or convolution, ready to run.
 
     Args:
@@ -169,18 +185,6 @@ class Int8Layer(OpaqueBase):
         """Bytes of the bias, and of the packed weight unless another layer counts it."""
         own = 0 if self.bias is None else self.bias.nbytes
         return own + (self.weight.nbytes() if self._counted else 0)
-
-    def __copy__(self) -> Int8Layer:
-        return self  # immutable
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Layer:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise NotPickled(
-            "a layer that is packed for this machine's oneDNN cannot be pickled",
-            hint="inc_graph.quantization.save(q_model, folder) saves what it was made of",
-        )
 
     def __repr__(self) -> str:
         kind = "linear" if self.geometry is None else f"conv{len(self.geometry.stride)}d"
