@@ -21,8 +21,8 @@ class DynamicQuantConfig(Int8Config):
     """Dynamic quantization: activation ranges are found at run time, so that no data is needed.
 
     For linear layers, products of two activations (where the backend has a kernel, or by name), LSTM and GRU. The
-    defaults are those of Intel Neural Compressor; `act_granularity="per_token", w_granularity="per_channel"` is as fast
-    and much closer to the float model.
+    defaults are those of Intel Neural Compressor; `act_granularity="per_token", w_granularity="per_channel"` is much
+    closer to the float model.
 
     Fields:
         w_dtype: Weight type: any integer or codebook qtype, such as "int8", "int7", "int4"; "fp32" leaves the operator
