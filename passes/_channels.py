@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from inc_graph.graph import is_float, shape
 from inc_graph.oppattern import argument, pattern_of
 
-__all__ = ["Tie", "Way", "readers", "ways"]
+__all__ = ["NoWeight", "Tie", "Way", "readers", "ways"]
 
 aten = torch.ops.aten
 
@@ -41,6 +41,10 @@ class Way:
 
     inputs: list[tuple[fx.Node, Tensor]]
     ties: list[Tie] = field(default_factory=list)
+
+
+class NoWeight(str):
+    """Why a norm cannot take a scale in that would, had it a weight."""
 
 
 Rule = Callable[[fx.Node, Tensor], "list[Way] | str"]
@@ -421,7 +425,7 @@ def _norm(weight_at: int, bias_at: int | None, last: bool) -> Rule:
     def rule(node: fx.Node, index: Tensor) -> list[Way] | str:
         weight, bias = argument(node, weight_at), argument(node, bias_at) if bias_at is not None else None
         if not isinstance(weight, fx.Node):
-            return f"the norm {_name(node)} has no weight that could take the scale"
+            return NoWeight(f"the norm {_name(node)} has no weight that could take the scale")
         rank = len(_dims(weight))
         dims = range(index.ndim - rank, index.ndim) if last else (1,)
         if not _only(index, *dims):

@@ -14,10 +14,14 @@ from typing import ClassVar
 from torch import fx
 
 from inc_graph.channel_stats import ChannelObserver
+from inc_graph.errors import ConfigError
 from inc_graph.graph import inc_meta, module_path, peek_meta, replace_uses, set_level, set_module
 from inc_graph.oppattern import named, pattern_of
+from inc_graph.passes._absorb import Producers
 from inc_graph.passes._bare import remove_observers
+from inc_graph.passes._channels import NoWeight
 from inc_graph.passes._place import behind, head, stamp
+from inc_graph.passes._smooth_sites import input_index
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.recipe import get_recipe, smoothing_of
 from inc_graph.registry import PASSES
@@ -53,6 +57,7 @@ class WatchChannels(Pass):
             inc_meta(node)["smooth"] = {"how": str(how)}
             axis = -1 if inc_meta(node)["op"] == "linear" else 1
             watched.setdefault((node.args[0], axis), []).append(node)  # type: ignore[arg-type]
+        _refuse_norms_without_weight(gm, watched, wanted)
         for (value, axis), layers in watched.items():
             needed = value.op == "placeholder" or any(wanted[n].auto for n in layers)
             samples = max(wanted[n].n_samples for n in layers) if needed else 0
@@ -67,3 +72,23 @@ class WatchChannels(Pass):
                 inc_meta(layer)["smooth"]["watch"] = name
             report.matched += [layer.name for layer in layers]
         return PassResult(gm, True, report)
+
+
+def _refuse_norms_without_weight(
+    gm: fx.GraphModule, watched: dict[tuple[fx.Node, int], list[fx.Node]], wanted: dict[fx.Node, Smoothing]
+) -> None:
+    """`folding=True` promises that a producer takes the scale in: say early which norm never can."""
+    producers = Producers(gm)
+    for (value, axis), layers in watched.items():
+        folded = [n for n in layers if wanted[n].folding]
+        if not folded:
+            continue
+        channels = value.meta["val"].shape[axis]
+        found = producers.plan(value, {n: input_index(n, axis, channels) for n in folded})
+        if isinstance(found, NoWeight):
+            raise ConfigError(
+                f"SmoothQuant with folding=True cannot smooth {folded[0].name}: {found}",
+                node=folded[0],
+                module=module_path(folded[0]),
+                hint="folding=False multiplies its input instead; set_local can say so for this layer alone",
+            )

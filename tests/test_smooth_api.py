@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_graph.errors import CalibrationError, ConfigError, IncWarning
+from inc_graph.export import export
 from inc_graph.quantization import (
     GPTQConfig,
     RTNConfig,
@@ -231,8 +232,20 @@ def test_a_norm_without_a_weight_is_named() -> None:
         line.by == "multiplied"
         and line.detail == "the norm layer_norm (layer_norm) has no weight that could take the scale"
     )
-    (line,) = done(SmoothQuantConfig(folding=True), m).report.smoothing
-    assert line.by == "left" and "no weight" in line.detail
+
+
+def test_folding_into_a_norm_without_a_weight_is_refused_before_anything_happens() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    exported = export(m.eval(), (torch.randn(2, 8),))
+    before = exported.print_readable(print_output=False)
+    config = SmoothQuantConfig(folding=True)
+    with pytest.raises(ConfigError, match="the norm layer_norm .* has no weight(?s:.*)folding=False") as failed:
+        prepare(exported, config)
+    assert failed.value.node == "linear" and failed.value.module == "1"
+    assert exported.print_readable(print_output=False) == before
+    mixed = config.set_local("1", SmoothQuantConfig())  # as the hint says
+    assert [line.by for line in done(mixed, m).report.smoothing] == ["multiplied", "absorbed"]
 
 
 def test_by_the_error_of_blocks() -> None:
