@@ -4,8 +4,7 @@
 
 SmolLM2, folded: 8-bit weights and activations, linear layers without the output head, 8 x 512 tokens of calibration,
 6 x 512 other tokens of evaluation; float 23.14. MiniLM: 64 documents of another corpus for calibration, SQNR of the
-embeddings of 50 documents. "per token" is dynamic quantization as a simulation: the scaled float model, its linear
-layers with 8-bit weights, and each token rounded in 8 bits; no kernel.
+embeddings of 50 documents. "per token" is dynamic quantization.
 
 What others get with the same data, from their own tools: a plain prototype of the paper, alpha 0.5: 29.62 and 15.4 dB;
 NNCF's SmoothQuant with bias correction on MiniLM: 22.3 dB (`benchmarks.static_int8` runs it).
@@ -29,14 +28,8 @@ from torch.nn import functional as F
 from benchmarks import language_model as lm
 from benchmarks import real_models as rm
 from inc_graph.export import export
-from inc_graph.numerics import choose_qparams, fake_quantize
-from inc_graph.passmanager import Pipeline
-from inc_graph.quantization import SmoothQuantConfig, StaticQuantConfig, convert, prepare
+from inc_graph.quantization import DynamicQuantConfig, SmoothQuantConfig, StaticQuantConfig, convert, prepare
 from inc_graph.quantization.base_config import BaseConfig
-from inc_graph.quantization.kept_calls import kept_calls
-from inc_graph.quantization.smoothing import smooth_first
-
-aten = torch.ops.aten
 
 CONTESTANTS: dict[str, dict[str, Any] | None] = {
     "float": None,
@@ -46,6 +39,7 @@ CONTESTANTS: dict[str, dict[str, Any] | None] = {
     "static, auto": {"alpha": "auto"},
     "per token": {"dynamic": True},
     "per token, alpha 0.5": {"dynamic": True, "alpha": 0.5},
+    "per token, auto": {"dynamic": True, "alpha": "auto"},
 }
 
 
@@ -58,68 +52,36 @@ class Logits(nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits
 
 
-class PerToken(fx.Interpreter):
-    """A float graph whose linear layers read inputs rounded in 8 bits for each token, and have 8-bit weights."""
-
-    def __init__(self, gm: fx.GraphModule, skipped: str) -> None:
-        super().__init__(gm)
-        self.skipped, self.weights = skipped, dict[str, Tensor]()
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is not aten.linear.default:
-            return super().call_function(target, args, kwargs)
-        return F.linear(_rounded(args[0], "asymmetric", "uint8"), *args[1:])
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        layer = any(u.target is aten.linear.default and u.args[1] is n for u in n.users)
-        if n.op != "get_attr" or not layer or (self.skipped and self.skipped in str(n.target)):
-            return result
-        if n.name not in self.weights:
-            self.weights[n.name] = _rounded(result, "symmetric", "int8")
-        return self.weights[n.name]
-
-
-def _rounded(x: Tensor, scheme: str, qtype: str) -> Tensor:
-    block = [1] * (x.ndim - 1) + [-1]
-    scale, zero = choose_qparams(x, block, qtype, scheme)
-    return fake_quantize(x, scale, zero if scheme == "asymmetric" else None, block, qtype)
-
-
-def config(kind: type[BaseConfig], skipped: str, **fields: Any) -> BaseConfig:
-    """Linear layers but one; embeddings stay float."""
-    floating = kind(w_dtype="fp32")
-    found = kind(**fields).set_local(nn.Embedding, floating)
-    return found.set_local(skipped, floating) if skipped else found
-
-
-def quantized(
-    graph: fx.GraphModule, fields: dict[str, Any], data: Iterable[Any], skipped: str
-) -> tuple[Callable[..., Any], float, str]:
-    """(the model, seconds to convert, what became of the scales)."""
+def config(fields: dict[str, Any], skipped: str) -> BaseConfig:
+    """Of linear layers but one; embeddings stay float."""
     fields = dict(fields)
     dynamic = fields.pop("dynamic", False)
-    smooth = "alpha" in fields
-    prepared: Any = prepare(graph, config(SmoothQuantConfig if smooth else StaticQuantConfig, skipped, **fields), False)
+
+    def but(found: BaseConfig, *others: Any) -> BaseConfig:
+        for other in (*others, *[skipped] * bool(skipped)):
+            found = found.set_local(other, type(found)(w_dtype="fp32"))
+        return found
+
+    static = but(SmoothQuantConfig(**fields) if "alpha" in fields else StaticQuantConfig(), nn.Embedding)
+    if not dynamic:
+        return static
+    tokens = but(DynamicQuantConfig(act_granularity="per_token", w_granularity="per_channel"))
+    return static + tokens if "alpha" in fields else tokens
+
+
+def quantized(graph: fx.GraphModule, found: BaseConfig, data: Iterable[Any]) -> tuple[Callable[..., Any], float, str]:
+    """(the model, seconds to convert, what became of the scales)."""
+    prepared: Any = prepare(graph, found, inplace=False)
     with torch.no_grad():
         for batch in data:
             prepared(*batch)
     start = time.perf_counter()
-    if dynamic:
-        kept = kept_calls(prepared)
-        gm = smooth_first(prepared, Pipeline.parse("smooth-quant"), kept, lambda name: None).graph if smooth else graph
-        runner = PerToken(gm, skipped)
-        return lambda *args: _one(runner.run(*args)), time.perf_counter() - start, ""
     model: Any = convert(prepared)
     seconds = time.perf_counter() - start
     lines = model.report.smoothing
     alphas = [line.alpha for line in lines if line.alpha is not None]
     taken = f"{lines.count('absorbed')} absorbed, {lines.count('multiplied')} multiplied" if lines else ""
     return model, seconds, f"{taken}, alpha {min(alphas):g} to {max(alphas):g}" if alphas else taken
-
-
-def _one(result: Any) -> Any:
-    return result[0] if isinstance(result, tuple | list) else result
 
 
 def smollm2(names: list[str]) -> Iterable[tuple[str, str, float, str]]:
@@ -137,7 +99,7 @@ def smollm2(names: list[str]) -> Iterable[tuple[str, str, float, str]]:
         if fields is None:
             yield name, f"{lm.perplexity(model, windows):.2f}", 0.0, ""
             continue
-        run, seconds, note = quantized(graph, fields, data, "model.lm_head")
+        run, seconds, note = quantized(graph, config(fields, "model.lm_head"), data)
         yield name, f"{perplexity(run):.2f}", seconds, note
 
 
@@ -151,7 +113,7 @@ def minilm(names: list[str]) -> Iterable[tuple[str, str, float, str]]:
         fields = CONTESTANTS[name]
         if fields is None:
             continue
-        run, seconds, note = quantized(graph, fields, data, "")
+        run, seconds, note = quantized(graph, config(fields, ""), data)
         yield name, f"{rm.sqnr_db(want, rm.embed(run, tokenizer, documents)):.1f} dB", seconds, note
 
 

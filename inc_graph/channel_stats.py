@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from inc_graph.batches import Batch
 from inc_graph.errors import CalibrationError
 
-__all__ = ["CALLS", "ROWS", "ChannelObserver", "Recalls", "channels_last"]
+__all__ = ["CALLS", "PARTS", "ROWS", "ChannelObserver", "Recalls", "Without", "channels_last"]
 
 CALLS = "inc_recalls"
 """Key of the `meta` of an observed graph under which `smooth-quant` finds `Recalls`, and takes them out."""
@@ -19,21 +19,37 @@ CALLS = "inc_recalls"
 ROWS = 512
 """Rows of a linear layer's input that are kept to judge candidates on, taken evenly from all that are offered."""
 
+PARTS = 8
+"""Parts of the data, call by call in turns, whose ranges are known apart."""
+
 _ELEMENTS = 1 << 20  # of the maps that are kept for a convolution
+
+
+Range = tuple[Tensor, Tensor]  # least and greatest value of each channel
+
+
+def _wider(a: Range | None, b: Range) -> Range:
+    return b if a is None else (torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1]))
 
 
 class _Half(NamedTuple):
     """What one half of the data brought. Nothing in it is changed in place."""
 
-    low: Tensor | None = None
-    high: Tensor | None = None
+    range: Range | None = None
     kept: tuple[Tensor, ...] = ()
     every: int = 1  # each so many-th row is kept
     offered: int = 0
 
 
+class Without(NamedTuple):
+    """All of the data but the calls with this number, modulo `PARTS`."""
+
+    part: int
+
+
 class _Seen(NamedTuple):
     halves: tuple[_Half, _Half] = (_Half(), _Half())
+    parts: tuple[Range, ...] = ()
     samples: int = 0
     calls: int = 0
     elements: int = 0
@@ -103,26 +119,26 @@ class ChannelObserver(nn.Module):
         seen, halves = self.seen, list(self.seen.halves)
         x = x if x.ndim > 1 else x[None]
         taken = x[: max(self.samples - seen.samples, 0)]
-        if len(x) == 1:
-            halves[seen.calls % 2] = self._half(halves[seen.calls % 2], x, taken)
-        else:
-            cut = len(x) // 2
-            halves = [self._half(halves[0], x[:cut], taken[:cut]), self._half(halves[1], x[cut:], taken[cut:])]
-        self.seen = _Seen((halves[0], halves[1]), seen.samples + len(taken), seen.calls + 1, seen.elements + x.numel())
+        cut, number, parts = len(x) // 2, seen.calls % PARTS, dict(enumerate(seen.parts))
+        pieces = [(seen.calls % 2, x, taken)] if len(x) == 1 else [(0, x[:cut], taken[:cut]), (1, x[cut:], taken[cut:])]
+        for at, own, offered in pieces:
+            found = self._range(own)
+            parts[number] = _wider(parts.get(number), found)
+            half = halves[at]._replace(range=_wider(halves[at].range, found))
+            halves[at] = self._keep(half, offered) if len(offered) else half
+        counts = seen.samples + len(taken), seen.calls + 1, seen.elements + x.numel()
+        self.seen = _Seen((halves[0], halves[1]), tuple(parts.values()), *counts)
 
-    def _half(self, half: _Half, x: Tensor, offered: Tensor) -> _Half:
+    def _range(self, x: Tensor) -> Range:
         rows = channels_last(x, self.axis)
         low, high = rows.amin(0).float(), rows.amax(0).float()  # a quarter of the time of aminmax
         if not bool((low.isfinite() & high.isfinite()).all()):
             text = f"calibration batch {self.seen.calls + 1}: NaN or infinite values"
             raise self._error(text, "check that batch, or keep this operator in float")
-        for other in self.seen.halves:
-            if other.low is not None and other.low.shape != low.shape:
-                raise self._error(f"the value had {len(other.low)} channels before and has {len(low)} now", None)
-        if half.low is not None and half.high is not None:
-            low, high = torch.minimum(half.low, low), torch.maximum(half.high, high)
-        half = half._replace(low=low, high=high)
-        return self._keep(half, offered) if len(offered) else half
+        for other in self.seen.parts:
+            if other[0].shape != low.shape:
+                raise self._error(f"the value had {len(other[0])} channels before and has {len(low)} now", None)
+        return low, high
 
     def _keep(self, half: _Half, x: Tensor) -> _Half:
         """Some of the rows: evenly taken, and so many as are allowed. Of a convolution whole maps are rows."""
@@ -138,17 +154,22 @@ class ChannelObserver(nn.Module):
                 break
         return half._replace(kept=kept, every=every, offered=half.offered + len(rows))
 
-    def ranges(self, half: int | None = None) -> tuple[Tensor, Tensor]:
-        """(least, greatest) value of each channel, of all data or one half: float32 [channels].
+    def ranges(self, share: int | Without | None = None) -> Range:
+        """(least, greatest) value of each channel, of all data, of one half, or without a part of the calls (unless
+        there is no other): float32 [channels].
 
         CalibrationError without data.
         """
-        found = [h for i, h in enumerate(self.seen.halves) if half in (None, i) and h.low is not None]
+        parts, halves = self.seen.parts, self.seen.halves
+        if isinstance(share, Without):
+            found = [p for i, p in enumerate(parts) if i != share.part % PARTS] or [*parts]
+        else:
+            found = [h.range for i, h in enumerate(halves) if share in (None, i) and h.range is not None]
         if not found:
             hint = "run calibration data through the prepared model before converting it"
             raise self._error("saw no data", hint)
-        lows, highs = [h.low for h in found], [h.high for h in found]
-        return torch.stack(lows).amin(0), torch.stack(highs).amax(0)  # type: ignore[arg-type]
+        lows, highs = zip(*found, strict=True)
+        return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
     def kept(self, half: int | None = None) -> list[Tensor]:
         """What was kept, of all data or one half: a tensor [rows, channels]; of a convolution [maps, channels, ...].

@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 from inc_graph.channel_stats import Recalls
 from inc_graph.graph import module_path
-from inc_graph.passes._smooth_search import Judge, rounded_input, rounded_weight
-from inc_graph.passes._smooth_sites import Group, Site, weight_index
+from inc_graph.passes._smooth_search import Judge, run_rounded
+from inc_graph.passes._smooth_sites import Group, Site
 
-__all__ = ["Block", "find_blocks"]
+__all__ = ["Block", "find_blocks", "some_calls"]
 
 _BYTES = 1 << 28  # of what flows into all blocks, that is kept
 _NUMBER = re.compile(r"(.*?\.)?\d+(?=\.|$)")
@@ -61,13 +61,9 @@ class Block:
         for node in self.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             if node in rounded:
-                site, scale = rounded[node]
-                form = site.formats[node]
-                if node not in weights:
-                    weights[node] = rounded_weight(args[1].float() * scale[weight_index(node, len(scale))], form)
-                x = rounded_input(args[0].float(), scale, site, form)[1]
-                args = (x.to(args[0].dtype), weights[node].to(args[1].dtype), *args[2:])
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = run_rounded(node, args, kwargs, *rounded[node], known=weights)
+            else:
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return [env[n].float() for n in self.results]
 
 
@@ -83,7 +79,7 @@ def find_blocks(gm: fx.GraphModule, groups: Sequence[Group], recalls: Recalls | 
         return []
     spans = {key: _span(gm, key) for key in members}
     outside = {n for nodes in spans.values() for m in nodes for n in m.all_input_nodes if n not in set(nodes)}
-    seen = _values(gm, outside, _some(recalls.calls, min(g.sites[0].how.n_samples for g in groups)))
+    seen = _values(gm, outside, some_calls(recalls.calls, min(g.sites[0].how.n_samples for g in groups)))
     found = []
     for key, own in members.items():
         nodes = spans[key]
@@ -106,7 +102,7 @@ def _span(gm: fx.GraphModule, key: str) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "call_function" and _key(n) == key]
 
 
-def _some(calls: Sequence[Sequence[Any]], samples: int) -> list[Sequence[Any]]:
+def some_calls(calls: Sequence[Sequence[Any]], samples: int) -> list[Sequence[Any]]:
     """The first calls, with about so many samples."""
     found: list[Sequence[Any]] = []
     for call in calls:

@@ -8,12 +8,14 @@ greatest value of that half; estimators of other kinds see what is kept of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from inc_graph.calibrate import RangeEstimator
+from inc_graph.channel_stats import Without
 from inc_graph.errors import SpecError
 from inc_graph.graph import get_tensor
 from inc_graph.numerics import affine_qparams, choose_qparams, fake_quantize
@@ -24,7 +26,7 @@ from inc_graph.passes._smooth_sites import Format, Group, Site, weight_index
 from inc_graph.passes.qparams.smooth import combined, smooth_scale
 from inc_graph.spec import QSpec
 
-__all__ = ["Judge", "largest_inputs", "largest_weights", "rounded_input", "rounded_weight"]
+__all__ = ["Judge", "largest_inputs", "largest_weights", "run_rounded"]
 
 
 def largest_inputs(group: Group, half: int | None = None) -> Tensor:
@@ -98,6 +100,10 @@ class Judge:
                 errors.append(error / power if power > 0 else 0.0)
         return combined(errors, self.group.sites[0].how.shared_criterion)
 
+    def forget(self) -> None:
+        """Drop what is kept to answer faster."""
+        self._known.clear()
+
     def _float(self, site: Site, layer: fx.Node, weight: Tensor) -> tuple[list[Tensor], float]:
         """What a layer gives in float for what is kept, and the sum of squares."""
         if layer not in self._known:
@@ -112,8 +118,10 @@ def run_layer(layer: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
     return call(x, weight, None, *layer.args[3:], **{k: v for k, v in layer.kwargs.items() if k != "bias"})
 
 
-def rounded_input(x: Tensor, scale: Tensor, site: Site, form: Format, half: int | None = None) -> tuple[Tensor, Tensor]:
-    """(x / scale, the same rounded as the layer will read it). Ranges are those of all data, or of one half."""
+def rounded_input(
+    x: Tensor, scale: Tensor, site: Site, form: Format, share: int | Without | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x / scale, the same rounded as the layer will read it). Ranges are those of all data, or of a share of it."""
     rank = x.ndim
     shape = [-1 if d == site.axis % rank else 1 for d in range(rank)]
     x = x / scale.view(shape)
@@ -127,18 +135,45 @@ def rounded_input(x: Tensor, scale: Tensor, site: Site, form: Format, half: int 
     if spec.dynamic:
         s, zero = choose_qparams(x, block, spec.qtype, spec.scheme)
     elif parse_algorithm(form.estimator)[0] == "minmax":
-        low, high = (t.cpu() / scale for t in site.stats.ranges(half))
+        low, high = (t.cpu() / scale for t in site.stats.ranges(share))
         s, zero = (t.view([1] * rank) for t in affine_qparams(low.amin(), high.amax(), spec.qtype, spec.scheme))
         block = [-1] * rank
     else:
-        s, zero = make_estimator(form.estimator).estimate(_scaled(site, shape, scale, half), spec)
+        s, zero = make_estimator(form.estimator).estimate(_scaled(site, shape, scale, share), spec)
     return x, fake_quantize(x, s, zero if needs_zero_point(spec, zero) else None, block, spec.qtype)
 
 
-def _scaled(site: Site, shape: list[int], scale: Tensor, half: int | None) -> Tensor:
-    """All that is kept, scaled: one tensor."""
+def _scaled(site: Site, shape: list[int], scale: Tensor, share: int | Without | None) -> Tensor:
+    """All that is kept of a half (else of all data), scaled: one tensor."""
+    half = None if isinstance(share, Without) else share
     kept = [k / scale.view(shape) for k in site.stats.kept(half)]
     return kept[0] if len(kept) == 1 else torch.cat([k.flatten() for k in kept]).view(-1, *[1] * (len(shape) - 1))
+
+
+def run_rounded(
+    layer: fx.Node,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    site: Site,
+    scale: Tensor,
+    share: int | Without | None = None,
+    known: dict[fx.Node, Tensor] | None = None,
+) -> Any:
+    """What a layer gives for these arguments with its input and its weight scaled and rounded.
+
+    Args:
+        share: Of the calibration data that static ranges come from; None: all.
+        known: Rounded weights, kept from call to call; None: they are rounded once more.
+    """
+    form, x, weight = site.formats[layer], args[0], args[1]
+    if known is None or layer not in known:
+        rounded = rounded_weight(weight.float() * scale[weight_index(layer, len(scale))], form).to(weight.dtype)
+        if known is not None:
+            known[layer] = rounded
+    else:
+        rounded = known[layer]
+    x = rounded_input(x.float(), scale, site, form, share)[1].to(x.dtype)
+    return layer.target(x, rounded, *args[2:], **kwargs)  # type: ignore[operator]
 
 
 def rounded_weight(weight: Tensor, form: Format) -> Tensor:

@@ -27,6 +27,7 @@ from inc_graph.passes._smooth_apply import Edits
 from inc_graph.passes._smooth_blocks import find_blocks
 from inc_graph.passes._smooth_search import Judge, largest_inputs, largest_weights
 from inc_graph.passes._smooth_sites import Group, Site, find_sites, grouped
+from inc_graph.passes._smooth_whole import settle
 from inc_graph.passes.annotate import Annotate
 from inc_graph.passes.insert_observers import InsertObservers
 from inc_graph.passes.qparams.smooth import Choice, search, smooth_scale
@@ -63,9 +64,11 @@ class SmoothQuant(Pass):
         blocks = find_blocks(gm, groups, recalls)
         for block in blocks:
             _take(block.groups, search(block, *block.groups[0].sites[0].how.grid), block.judges)
+        searched: dict[Group, Judge] = {}
         for group in groups:
-            if not any(group in block.groups for block in blocks):
-                _choose(gm, group)
+            if not any(group in block.groups for block in blocks) and (judge := _choose(gm, group)) is not None:
+                searched[group] = judge
+        settle(gm, groups, searched, recalls)
         for group in groups:
             if group.scale is None:
                 continue
@@ -88,17 +91,19 @@ class SmoothQuant(Pass):
         return PassResult(gm, True, report)
 
 
-def _choose(gm: fx.GraphModule, group: Group) -> None:
-    """The scale of a group, if any is good."""
+def _choose(gm: fx.GraphModule, group: Group) -> Judge | None:
+    """The scale of a group, if any is good; its judge, if alpha was searched for."""
     how = group.sites[0].how
     if all(s.done == "left" for s in group.sites):
-        return
+        return None
     if not how.auto:
         group.alpha = float(how.alpha)
         group.scale = smooth_scale(largest_inputs(group), largest_weights(gm, group), group.alpha)
-        return
+        return None
     judge = Judge(gm, group)
     _take([group], search(judge, *how.grid), [judge])
+    judge.forget()
+    return judge
 
 
 def _take(groups: list[Group], found: Choice, judges: list[Judge]) -> None:

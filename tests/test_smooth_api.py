@@ -240,7 +240,7 @@ def test_folding_into_a_norm_without_a_weight_is_refused_before_anything_happens
     exported = export(m.eval(), (torch.randn(2, 8),))
     before = exported.print_readable(print_output=False)
     config = SmoothQuantConfig(folding=True)
-    with pytest.raises(ConfigError, match="the norm layer_norm .* has no weight(?s:.*)folding=False") as failed:
+    with pytest.raises(ConfigError, match=r"the norm layer_norm .* has no weight(?s:.*)folding=False") as failed:
         prepare(exported, config)
     assert failed.value.node == "linear" and failed.value.module == "1"
     assert exported.print_readable(print_output=False) == before
