@@ -2,7 +2,8 @@
 
 Eight layers of 4096 x 4096 take turns, so that no cache holds them, and the contestants take turns too: each keeps its
 best time over all rounds, so that a busy moment of the machine does not decide. Milliseconds a layer, and the speed
-over bfloat16 of the same run. ``torch int4`` is torch's own packed kernel (asymmetric, group 32, bfloat16).
+over bfloat16 of the same run. ``torch int4`` is torch's own packed kernel (asymmetric, group 32, bfloat16);
+``inductor int4`` the same 4-bit weight as ours, unpacked and multiplied by operators that torch.compile may fuse.
 """
 
 from __future__ import annotations
@@ -58,6 +59,21 @@ def torch_int4(weight: Tensor) -> Layer:
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, table)
 
 
+@torch.compile(dynamic=False)
+def _fused(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).view(len(packed), -1)
+    groups = (nibbles.to(torch.int8) - 8).to(x.dtype).view(*scale.shape, -1) * scale[..., None]
+    return F.linear(x, groups.view(len(packed), -1))
+
+
+def inductor_int4(weight: Tensor) -> Layer:
+    """Unpacking, scaling and the product as inductor compiles them."""
+    scale, _ = choose_qparams(weight, [1, 32], "int4", "symmetric")
+    codes = (quantize(weight, scale, None, [1, 32], "int4") + 8).to(torch.uint8)
+    packed, scale = codes[:, ::2] | codes[:, 1::2] << 4, scale.to(torch.bfloat16)
+    return lambda x: _fused(x, packed, scale)  # type: ignore[no-any-return]
+
+
 def contestants(size: int, compute: torch.dtype) -> dict[str, tuple[torch.dtype, list[Layer]]]:
     """{name: (dtype of the input, layers)}."""
     torch.manual_seed(0)
@@ -71,6 +87,7 @@ def contestants(size: int, compute: torch.dtype) -> dict[str, tuple[torch.dtype,
         "fp32": (torch.float32, [dense(w, torch.float32) for w in weights]),
         "bf16": (torch.bfloat16, [dense(w, torch.bfloat16) for w in weights]),
         "torch int4": (torch.bfloat16, [torch_int4(w) for w in weights]),
+        "inductor int4": (torch.bfloat16, [inductor_int4(w) for w in weights]),
     }
     for name, (qtype, group) in OURS.items():
         found[name] = (torch.bfloat16, [ours(w, qtype, group, compute) for w in weights])

@@ -29,6 +29,7 @@ class _Factors:
 
     parts: list[Tensor] = field(default_factory=list)
     key: tuple[Any, ...] = ()
+    memory: Any = None
 
 
 class Edits:
@@ -39,6 +40,8 @@ class Edits:
         self.factors: dict[tuple[fx.Node, fx.Node], _Factors] = {}  # (reader, constant)
         self.takers: dict[Site, list[fx.Node]] = {}
         self.copied: dict[Site, list[str]] = {}
+        self.parted: dict[Site, list[str]] = {}  # what other readers read as it was, or scaled otherwise
+        self._own: dict[tuple[fx.Node, fx.Node], list[Site]] = {}
 
     def add(self, group: Group) -> None:
         """Scale the inputs of the layers of a group, by its scale."""
@@ -51,7 +54,7 @@ class Edits:
             for layer in site.layers:
                 pattern = pattern_of(layer)
                 weight = argument(layer, pattern.weight)  # type: ignore[union-attr, arg-type]
-                self._note(layer, weight, weight_index(layer, len(scale)), wide, (id(group), "in"), lambda s: s)
+                self._note(site, layer, weight, weight_index(layer, len(scale)), wide, (id(group), "in"), lambda s: s)
             if site.plan is None:
                 self._multiply(site, scale)
                 continue
@@ -59,12 +62,20 @@ class Edits:
             self.copied[site] = [norm.name for norm in copies]
             for edit in site.plan.edits:
                 reader = copies.get(edit.reader, edit.reader)
-                self._note(reader, edit.constant, edit.index, wide, (id(group), "out"), torch.reciprocal)
+                self._note(site, reader, edit.constant, edit.index, wide, (id(group), "out"), torch.reciprocal)
             self.takers[site] = site.plan.takers
 
     def _note(
-        self, reader: fx.Node, constant: fx.Node, index: Tensor, wide: Tensor, key: Any, of: Callable[[Tensor], Tensor]
+        self,
+        site: Site,
+        reader: fx.Node,
+        constant: fx.Node,
+        index: Tensor,
+        wide: Tensor,
+        key: Any,
+        of: Callable[[Tensor], Tensor],
     ) -> None:
+        self._own.setdefault((reader, constant), []).append(site)
         found = self.factors.setdefault((reader, constant), _Factors())
         found.parts.append(of(wide)[index])
         found.key += (key, tuple(index.shape), index.contiguous().numpy().tobytes())
@@ -86,9 +97,10 @@ class Edits:
         replace_uses(value, new, only=site.layers)
         self.takers[site] = []
 
-    def apply(self) -> dict[fx.Node, list[fx.Node]]:
-        """Make the constants. Returns for each one that was scaled who still reads it unscaled."""
+    def apply(self) -> None:
+        """Make the constants, and say in `parted` which of them are two now."""
         made: dict[Any, str] = {}
+        versions: dict[Any, list[tuple[str, fx.Node]]] = {}  # of a tensor: attribute and reader
         for (reader, constant), factors in self.factors.items():
             tensor = get_tensor(self.gm, constant)
             memory = (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
@@ -102,4 +114,15 @@ class Edits:
                 held = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
                 made[key] = set_tensor(self.gm, f"{constant.target}_smooth", held, not isinstance(held, nn.Parameter))
             replace_uses(constant, insert_get_attr(self.gm, reader, made[key]), only=[reader])
-        return {constant: list(constant.users) for _, constant in self.factors if constant.users}
+            factors.memory = memory
+            versions.setdefault(memory, []).append((made[key], reader))
+        for (_, constant), factors in self.factors.items():
+            known = {reader for _, reader in versions[factors.memory]}
+            versions[factors.memory] += [("", user) for user in constant.users if user not in known]
+        for (reader, constant), factors in self.factors.items():
+            own = next(name for name, other in versions[factors.memory] if other is reader)
+            other = next((other for name, other in versions[factors.memory] if name != own), None)
+            if other is not None:
+                for site in self._own[reader, constant]:
+                    text = f"copy of {constant.target}, which {other.name} reads too"
+                    self.parted.setdefault(site, []).append(text)

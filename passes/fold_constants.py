@@ -5,6 +5,7 @@
 
 So projections that share one matrix (`torch.nn.MultiheadAttention`), weights cast by autocast and parametrized weights
 become weights like others. Only what ends as the weight or bias of a layer is computed: nothing else gets larger.
+`fold_factors` is for passes that change the factors of products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from inc_graph.graph import (
     erase_dead,
     get_attr,
     insert_get_attr,
+    is_float,
     mutated_attrs,
     replace_uses,
     set_tensor,
@@ -29,6 +31,8 @@ from inc_graph.oppattern import argument, pattern_of
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 
+__all__ = ["FoldConstants", "fold_factors"]
+
 
 @dataclass
 class _State:
@@ -37,6 +41,33 @@ class _State:
     constant: dict[fx.Node, bool] = field(default_factory=dict)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)  # folded node -> attribute that holds its value
+
+
+def fold_factors(gm: fx.GraphModule) -> list[str]:
+    """Compute the factors of products that are made of parameters, such as the `1 + w` of a norm, where the result is
+    no larger than these. Returns the names of what was computed."""
+    state, done = _State(gm, mutated_attrs(gm)), list[str]()
+    for product in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor):
+        for node in product.all_input_nodes:
+            if node.op == "get_attr" or not _is_constant(node, state) or not is_float(node):
+                continue
+            if val(node).numel() <= max(val(n).numel() for n in _parameters(node)):
+                _fold(state, node, product)
+                done.append(node.name)
+    if done:
+        erase_dead(gm)
+    return done
+
+
+def _parameters(root: fx.Node) -> set[fx.Node]:
+    """What a constant is made of."""
+    found, todo = set[fx.Node](), [root]
+    while todo:
+        node = todo.pop()
+        if node.op == "get_attr":
+            found.add(node)
+        todo += node.all_input_nodes
+    return found
 
 
 @PASSES.register("fold-constants")

@@ -29,6 +29,7 @@ from inc_graph.passes._smooth_search import Judge, largest_inputs, largest_weigh
 from inc_graph.passes._smooth_sites import Group, Site, find_sites, grouped
 from inc_graph.passes._smooth_whole import settle
 from inc_graph.passes.annotate import Annotate
+from inc_graph.passes.fold_constants import fold_factors
 from inc_graph.passes.insert_observers import InsertObservers
 from inc_graph.passes.qparams.smooth import Choice, search, smooth_scale
 from inc_graph.passmanager import Pass, PassReport, PassResult
@@ -59,6 +60,7 @@ class SmoothQuant(Pass):
         remove_observers(gm)
         forget_decisions(gm)
         set_level(gm, "float")
+        fold_factors(gm)
         groups = grouped(gm, sites)
         edits = Edits(gm)
         blocks = find_blocks(gm, groups, recalls)
@@ -78,8 +80,8 @@ class SmoothQuant(Pass):
             group.scale = None
             for site in group.sites:
                 site.done, site.reason = "left", "there is no fuel left"
-        copied = edits.apply()
-        lines = [_line(site, group, edits, copied) for group in groups for site in group.sites]
+        edits.apply()
+        lines = [_line(site, group, edits) for group in groups for site in group.sites]
         gm.meta["inc"][KEY] = [line.to_json() for line in lines]
         report.matched = [name for line in lines if line.by != "left" for name in line.layers]
         report.missed = [(name, line.detail) for line in lines if line.by == "left" for name in line.layers]
@@ -117,16 +119,14 @@ def _take(groups: list[Group], found: Choice, judges: list[Judge]) -> None:
             site.done, site.reason = "left", "no alpha makes the error smaller"
 
 
-def _line(site: Site, group: Group, edits: Edits, copied: dict[fx.Node, list[fx.Node]]) -> SmoothLine:
+def _line(site: Site, group: Group, edits: Edits) -> SmoothLine:
     layers = tuple(module_path(n) or n.name for n in site.layers)
     if site.done == "left" or group.scale is None:
         return SmoothLine(layers, None, "left", detail=site.reason, error=group.error, plain=group.plain)
     takers = edits.takers.get(site, [])
     notes = [f"copy of {name}" for name in edits.copied.get(site, [])]
-    for edit in site.plan.edits if site.plan else ():
-        if others := copied.get(edit.constant):
-            notes.append(f"copy of {edit.constant.target}, which {others[0].name} reads too")
-    detail = site.reason if site.plan is None else "; ".join(dict.fromkeys(notes))
+    notes = ([site.reason] if site.plan is None else []) + notes + edits.parted.get(site, [])
+    detail = "; ".join(dict.fromkeys(notes))
     scale = group.scale
     largest = float(scale.max() / scale.log().mean().exp())
     names = tuple(dict.fromkeys(module_path(n) or n.name for n in takers))

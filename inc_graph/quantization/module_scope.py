@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from inc_graph.batches import no_batches, one_batch_a_call
 from inc_graph.errors import CaptureError, ConfigError, IncWarning, UnusedRuleWarning
+from inc_graph.graph import peek_meta
 from inc_graph.oppattern import Named, pattern_of, pattern_of_module, types_of_module
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization import block_inputs
@@ -36,6 +37,7 @@ from inc_graph.quantization.streaming import Source, checkpoint_for, fill_rest, 
 from inc_graph.quantization.tied import share_codes, tied_layers
 from inc_graph.recipe import Recipe, WhereRule, decide, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
+from inc_graph.smoothing import Smoothing
 from inc_graph.utils.progress import progress
 
 __all__ = ["convert", "is_prepared", "look", "prepare", "undo"]
@@ -77,6 +79,7 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
         if isinstance(model, fx.GraphModule):
             hint = "give example_inputs, or the ExportedProgram itself: in a graph the operators are functions"
         raise ConfigError(f"nothing in this model can be quantized ({reasons})", hint=hint)
+    _warn_of_folding(plan)
     facts.floats += [
         OpLine(path, path, type(module).__name__, "only Linear, Conv and Embedding are quantized layer by layer")
         for path, module in model.named_modules()
@@ -94,6 +97,20 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
+def _warn_of_folding(plan: list[tuple[list[str], Leaf | None]]) -> None:
+    """A layer by itself knows no layer before it that could take a scale in."""
+    names = []
+    for paths, leaf in plan:
+        nodes = leaf.inner.graph.nodes if leaf is not None and isinstance(leaf.inner, fx.GraphModule) else ()
+        hows = [smooth["how"] for n in nodes if (smooth := peek_meta(n).get("smooth")) is not None]
+        names += [paths[0]] if any(Smoothing.parse(how).folding for how in hows) else []
+    if names:
+        text = f"SmoothQuant with folding=True smooths nothing layer by layer: {', '.join(names[:4])}"
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        hint = "give example_inputs or export the model, or let folding=False multiply the inputs"
+        warnings.warn(f"{text}{more}; {hint}", IncWarning, stacklevel=5)
+
+
 def look(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[list[str], Leaf | None]], list[OpLine]]:
     """(paths, leaf) of every layer, and what stays float; the model is not changed."""
     facts = _Facts(recipe, [], 0)

@@ -103,6 +103,43 @@ def test_a_table_that_an_output_layer_reads_too_is_copied() -> None:
     assert line.by == "absorbed" and line.takers == ("table",) and "linear_1 reads too" in line.detail
 
 
+def test_a_table_and_a_head_that_are_scaled_differently_are_two_and_said_so() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc, self.norm = nn.Embedding(9, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+            self.head = nn.Linear(8, 9, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.norm(self.fc(self.table(ids))))
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(9).view(3, 3)
+    gm = watched(model, ids, recipe=plan(Smoothing(alpha=0.7)))
+    done, (first, second) = smoothed(gm, ids)
+    assert same(done(ids), model(ids))
+    assert first.takers == ("table",) and "which linear_1 reads too" in first.detail
+    assert second.takers == ("norm",) and "which embedding reads too" in second.detail
+
+
+def test_a_norm_with_one_plus_its_weight_takes_the_scale() -> None:
+    class Plus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.fc = nn.Parameter(torch.rand(8)), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + self.w.float()))
+
+    torch.manual_seed(0)
+    model = Plus()
+    gm = watched(model, X, recipe=plan(Smoothing(alpha=0.7, folding=True)))
+    done, (line,) = smoothed(gm, X)
+    assert same(done(X), model(X)) and line.by == "absorbed"
+    assert "aten.add" not in text(done).split("rsqrt")[1], "1 + w is computed once"
+
+
 def test_layers_multiply_for_themselves_or_together() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
