@@ -2,8 +2,8 @@
 
 Eight layers of 4096 x 4096 take turns, so that no cache holds them, and the contestants take turns too: each keeps its
 best time over all rounds, so that a busy moment of the machine does not decide. Milliseconds a layer, and the speed
-over bfloat16 of the same run. ``torch int4`` is torch's own packed kernel (asymmetric, group 32, bfloat16);
-``inductor int4`` the same 4-bit weight as ours, unpacked and multiplied by operators that torch.compile may fuse.
+over bfloat16 of the same run. ``torch int4`` is torch's own packed kernel (asymmetric, group 32, bfloat16). With
+``--compiled`` also ``inductor int4``: a 4-bit weight unpacked and multiplied by operators that torch.compile may fuse.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ def torch_int4(weight: Tensor) -> Layer:
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, table)
 
 
+torch._dynamo.config.recompile_limit = 32  # a graph for each number of rows
+
+
 @torch.compile(dynamic=False)
 def _fused(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     nibbles = torch.stack([packed & 15, packed >> 4], -1).view(len(packed), -1)
@@ -74,7 +77,7 @@ def inductor_int4(weight: Tensor) -> Layer:
     return lambda x: _fused(x, packed, scale)  # type: ignore[no-any-return]
 
 
-def contestants(size: int, compute: torch.dtype) -> dict[str, tuple[torch.dtype, list[Layer]]]:
+def contestants(size: int, compute: torch.dtype, compiled: bool = False) -> dict[str, tuple[torch.dtype, list[Layer]]]:
     """{name: (dtype of the input, layers)}."""
     torch.manual_seed(0)
     weights = [torch.randn(size, size) / size**0.5 for _ in range(LAYERS)]
@@ -87,8 +90,9 @@ def contestants(size: int, compute: torch.dtype) -> dict[str, tuple[torch.dtype,
         "fp32": (torch.float32, [dense(w, torch.float32) for w in weights]),
         "bf16": (torch.bfloat16, [dense(w, torch.bfloat16) for w in weights]),
         "torch int4": (torch.bfloat16, [torch_int4(w) for w in weights]),
-        "inductor int4": (torch.bfloat16, [inductor_int4(w) for w in weights]),
     }
+    if compiled:
+        found["inductor int4"] = (torch.bfloat16, [inductor_int4(w) for w in weights])
     for name, (qtype, group) in OURS.items():
         found[name] = (torch.bfloat16, [ours(w, qtype, group, compute) for w in weights])
     found["int4 g32, fp32 in"] = (torch.float32, [ours(w, "int4", 32, compute) for w in weights])
@@ -125,6 +129,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each number of rows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compiled", action="store_true", help="what torch.compile makes of the operators, too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -132,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     wo.taken.clear()
     before = os.getloadavg()
     with torch.no_grad():
-        entered = contestants(args.size, compute)
+        entered = contestants(args.size, compute, args.compiled)
         results = {rows: race(rows, args.size, args.seconds, entered) for rows in args.rows}
     console = Console(width=200)
     for speed in (False, True):
