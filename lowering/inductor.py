@@ -6,6 +6,7 @@
     conv | linear in half precision [-> + other] [-> activation]                      becomes one HalfLayer
     dequantize(table) -> embedding                                                                 looks up codes
     x (float) , dequantize(w) -> linear                                      becomes one weight_only_linear (any format)
+    scaled_dot_product_attention (float32)                                                 one compiled pass, in float32
 
 What is left of quantize and dequantize becomes one fast pass over the data (eager) or is fused by inductor (compiled).
 """
@@ -20,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from inc_graph.graph import insert_call, is_float, replace_uses, val
+from inc_graph.lowering._attention import ATTENTION
 from inc_graph.lowering._codes import dequantize_codes, lookup_rows, quantize_codes
 from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
 from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
@@ -129,6 +131,7 @@ class Inductor(Backend):
             LSTM,
             GRU,
             LOOKUP,
+            ATTENTION,
             WEIGHT_VALUES,
             Claim("quantize", P(QUANTIZE), _rewrite_quantize, _check_quantize, kernel=False),
             Claim("dequantize", P(DEQUANTIZE), _rewrite_dequantize, _check_dequantize, kernel=False),
