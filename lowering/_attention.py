@@ -120,21 +120,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     kernel = _kernel() if plain and _takes(q, k, v, mask) else None
     if kernel is None:
         taken["torch"] += 1
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+        return y.transpose(-3, -2).contiguous().transpose(-3, -2)  # the layout that is promised, which it has mostly
     taken["native"] += 1
     return kernel(q, k, v, mask, q.shape[3] ** -0.5 if scale is None else scale, causal)
-
-
-def _traced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:
-    """Always in the layout that is promised to torch.compile."""
-    return _attention(q, k, v, mask, scale, causal).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
-define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, bool causal) -> Tensor", _traced, _fake)
+define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, bool causal) -> Tensor", _attention, _fake)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:

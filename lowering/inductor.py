@@ -25,6 +25,7 @@ from inc_graph.lowering._attention import ATTENTION
 from inc_graph.lowering._codes import dequantize_codes, lookup_rows, quantize_codes
 from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
 from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
+from inc_graph.lowering._dynamic_joined import join_layers
 from inc_graph.lowering._fusion import CONV, LINEAR, TRANSPOSED
 from inc_graph.lowering._half_claims import HALF_LAYERS
 from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer, rewrite_signed
@@ -138,6 +139,7 @@ class Inductor(Backend):
         )
 
     def finish(self, context: OneDnnContext) -> None:
+        join_layers(context)
         settle_layouts(context)
 
     def for_compile(self, lowered: fx.GraphModule) -> nn.Module:
