@@ -172,6 +172,7 @@ def _rewrite(c: OneDnnContext, found: Match) -> str:
     pair = _inputs(c, quantize, plan.x)
     name = unique_name(gm, f"layer_{node.name}")
     setattr(gm, name, layer)
+    c.sources[name] = plan.weight.attr
     with gm.graph.inserting_before(tail.place):
         read = gm.graph.create_node("get_attr", name, (), {})
         args = (*pair, read) if tail.other is None else (*pair, tail.other, read)

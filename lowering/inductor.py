@@ -6,6 +6,7 @@
     conv | linear in half precision [-> + other] [-> activation]                      becomes one HalfLayer
     dequantize(table) -> embedding                                                                 looks up codes
     x (float) , dequantize(w) -> linear                                      becomes one weight_only_linear (any format)
+    scaled_dot_product_attention (float32)                                                 one compiled pass, in float32
 
 What is left of quantize and dequantize becomes one fast pass over the data (eager) or is fused by inductor (compiled).
 """
@@ -20,9 +21,11 @@ import torch
 from torch import fx, nn
 
 from inc_graph.graph import insert_call, is_float, replace_uses, val
+from inc_graph.lowering._attention import ATTENTION
 from inc_graph.lowering._codes import dequantize_codes, lookup_rows, quantize_codes
 from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
 from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
+from inc_graph.lowering._dynamic_joined import join_layers
 from inc_graph.lowering._fusion import CONV, LINEAR, TRANSPOSED
 from inc_graph.lowering._half_claims import HALF_LAYERS
 from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer, rewrite_signed
@@ -129,12 +132,14 @@ class Inductor(Backend):
             LSTM,
             GRU,
             LOOKUP,
+            ATTENTION,
             WEIGHT_VALUES,
             Claim("quantize", P(QUANTIZE), _rewrite_quantize, _check_quantize, kernel=False),
             Claim("dequantize", P(DEQUANTIZE), _rewrite_dequantize, _check_dequantize, kernel=False),
         )
 
     def finish(self, context: OneDnnContext) -> None:
+        join_layers(context)
         settle_layouts(context)
 
     def for_compile(self, lowered: fx.GraphModule) -> nn.Module:

@@ -104,7 +104,7 @@ def test_a_block(way: str, config: Config) -> None:
     q = quantized(model, inputs, **config)
     y = q(*inputs)
     assert q.report.count("linear") == 6 and not q.report.reference
-    assert taken["gemm"] == 6 and sum("dynamic" in line.detail for line in q.report.kernels) == 6
+    assert taken["gemm"] == 4 and sum("dynamic" in line.detail for line in q.report.kernels) == 6
     close(y, q.graph(*inputs), 2e-3)  # a code of the inner layers may be another one: sums are in another order
     close(y, model(*inputs), 0.02 if "act_granularity" in config else 0.05)
 
@@ -113,6 +113,7 @@ def test_three_readers_quantize_once(way: str) -> None:
     model, inputs = block()
     q = quantized(model, inputs, **TOKENS)
     targets = [getattr(n.target, "__name__", "") for n in q.lowered.graph.nodes]
+    assert targets.count("dynamic_layer") == 1  # of q, k and v
     assert targets.count("dynamic_codes") == 3  # of x for q, k and v; of out's and up's inputs; down's come as codes
     assert targets.count("dynamic_layer_codes") == 1 and targets.count("dynamic_layer_add") == 2
     assert "gelu.default" not in targets  # it is a part of the pass behind the product
@@ -188,7 +189,7 @@ def test_compiled(freezing: bool) -> None:
         want = q(*inputs)
         taken.clear()
         close(compiled(*inputs), want, 2e-3)
-        assert taken["gemm"] == 6
+        assert taken["gemm"] == 4
     torch._dynamo.reset()
 
 
@@ -267,10 +268,10 @@ def test_bad_input_changes_nothing() -> None:
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_minilm() -> None:
-    """36 products in int8, 18 passes of quantization less what the layers write as codes; close to the float model."""
+    """36 layers in 24 products (q, k and v are one), 18 passes of quantization; close to the float model."""
     model, tokenizer, documents, _ = rm.minilm()
     q = quantized(model, next(rm.batches(tokenizer, documents[:10], 10)), **TOKENS)
     taken.clear()
     embeddings = rm.embed(q, tokenizer, documents)
-    assert q.report.count("linear") == 36 and taken["gemm"] == 5 * 36 and not q.report.reference
+    assert q.report.count("linear") == 36 and taken["gemm"] == 5 * 24 and not q.report.reference
     assert rm.sqnr_db(rm.embed(model, tokenizer, documents), embeddings) >= 26.4
