@@ -336,7 +336,9 @@ def cnn_table(rows: list[dict[str, Any]]) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="METHODS", default="rtn,hqq,gptq,cnn", help="some of rtn,hqq,gptq,cnn")
-    parser.add_argument("--setting", nargs="*", metavar="TEXT", help="settings whose name contains one of these")
+    parser.add_argument(
+        "--setting", nargs="*", metavar="TEXT", help="settings of such a name, or whose name contains it"
+    )
     parser.add_argument("--peers", action="store_true", help="the other quantizers too")
     parser.add_argument("--quick", action="store_true", help="4 of 30 blocks and little text: does it run?")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
@@ -344,7 +346,10 @@ def main(arguments: list[str] | None = None) -> None:
     only = options.only.split(",")
     settings = [s for s in SETTINGS if s.method in only]
     if options.setting is not None:
-        settings = [s for s in settings if any(text.lower() in s.name.lower() for text in options.setting)]
+        whole = {s.name.lower() for s in SETTINGS}
+        asked = [text.lower() for text in options.setting]
+        settings = [s for s in settings if any(
+            s.name.lower() == text if text in whole else text in s.name.lower() for text in asked)]  # fmt: skip
     contestants = list(PEERS) if options.peers else [OURS]
 
     warnings.filterwarnings("ignore")
