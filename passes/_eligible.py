@@ -26,6 +26,7 @@ from inc_graph.errors import ConfigError, SpecError
 from inc_graph.graph import get_attr, get_tensor, is_float, module_path, mutated_attrs, peek_meta, val
 from inc_graph.oppattern import OpPattern, argument, pattern_of
 from inc_graph.options import needs_inputs
+from inc_graph.passes._precision import tensor_limits
 from inc_graph.recipe import OpQuant
 from inc_graph.spec import PerBlock, PerChannel, PerGroup, QSpec
 
@@ -78,11 +79,12 @@ class Facts:
         layer = pattern.weight is not None and "was" not in peek_meta(reader)
         return layer or pattern.role == "carrier"  # which moves what its reader has found to be data
 
-    def bad_half(self, pattern: OpPattern, node: fx.Node) -> str | None:
-        """Whether `node` may compute in half precision: it has to be float32, and so its weight."""
+    def bad_half(self, pattern: OpPattern, node: fx.Node, half: torch.dtype) -> str | None:
+        """Whether `node` may compute in half precision: it and its weight are float32, and what is stored fits."""
         if getattr(val(node), "dtype", None) != torch.float32:
             return f"its result is {getattr(val(node), 'dtype', 'not one tensor')}, not float32"
-        return self.bad_weight(pattern, node, None)
+        varying = {n: k for n, k in self.kinds.items() if k in (DATA, INTEGERS)}
+        return self.bad_weight(pattern, node, None) or tensor_limits(self.gm, node, half, varying, self.mutated)
 
     def bad_weight(self, pattern: OpPattern, node: fx.Node, spec: QSpec | None) -> str | None:
         """Whether the weight of `node`, if it has one, may be quantized as `spec` says."""

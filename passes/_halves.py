@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from inc_graph.graph import get_tensor, module_path, module_type, peek_meta, val
+from inc_graph.graph import get_tensor, module_path, module_type, mutated_attrs, peek_meta, val
 from inc_graph.oppattern import Named, argument, named, pattern_of
 from inc_graph.ops import is_dequantize, is_quantize
 from inc_graph.passes._cut import minimum_cut
-from inc_graph.passes._eligible import DATA, PARAMETER, kinds
-from inc_graph.passes._precision import FLOAT, FOLLOW, HALF, class_of, limits
+from inc_graph.passes._eligible import DATA, INTEGERS, PARAMETER, kinds
+from inc_graph.passes._precision import FLOAT, FOLLOW, HALF, class_of, limits, tensor_limits
 from inc_graph.recipe import Recipe, claims, decide
 
 __all__ = ["Halves", "cast_of", "decide_halves", "is_indifferent"]
@@ -77,6 +77,8 @@ class _State:
     recipe: Recipe | None
     dtype: torch.dtype | None
     kinds: dict[fx.Node, str] = field(init=False)
+    varying: dict[fx.Node, str] = field(init=False)  # those that depend on inputs
+    written: set[str] = field(init=False)
     fixed: dict[fx.Node, torch.dtype] = field(default_factory=dict)  # HALF operators and what their kernels do besides
     wishes: dict[fx.Node, torch.dtype | None] = field(default_factory=dict)  # FOLLOW: the one dtype it may have
     tails: set[fx.Node] = field(default_factory=set)
@@ -84,7 +86,8 @@ class _State:
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kinds = kinds(self.gm)
+        self.kinds, self.written = kinds(self.gm), mutated_attrs(self.gm)
+        self.varying = {n: k for n, k in self.kinds.items() if k in (DATA, INTEGERS)}
 
     def unit(self, node: fx.Node) -> fx.Node:
         """The operator that a node is a result of."""
@@ -110,7 +113,7 @@ class _State:
             return
         wish, why = self._wish(node, kind)
         if kind == HALF and wish is not None:
-            why = limits(node, wish) or self._bad_weight(node)
+            why = self._limits(node, wish) or self._bad_weight(node)
         elif kind == FOLLOW and why is None:
             why = self._bad_operand(node, wish)
         if why is not None or (kind == HALF and wish is None):
@@ -165,9 +168,12 @@ class _State:
             return "its weight is quantized: the kernel decides what it computes in"
         return None
 
+    def _limits(self, node: fx.Node, half: torch.dtype) -> str | None:
+        return limits(node, half) or tensor_limits(self.gm, node, half, self.varying, self.written)
+
     def _bad_operand(self, node: fx.Node, wish: torch.dtype | None) -> str | None:
         for half in [wish] if wish is not None else [torch.float16, torch.bfloat16]:
-            if (why := limits(node, half)) is not None:
+            if (why := self._limits(node, half)) is not None:
                 return why
         for source in node.all_input_nodes:
             if not _is_float32(source) or self.kinds.get(source) in (DATA, PARAMETER):

@@ -13,12 +13,15 @@ go to float32 because one of their inputs is.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["FLOAT", "FOLLOW", "HALF", "class_of", "limits"]
+from inc_graph.graph import get_tensor, is_float
+
+__all__ = ["FLOAT", "FOLLOW", "HALF", "class_of", "is_mask", "limits", "tensor_limits"]
 
 HALF, FOLLOW, FLOAT = "half", "follow", "float"
 
@@ -84,3 +87,51 @@ def limits(node: fx.Node, dtype: torch.dtype) -> str | None:
     found: list[Any] = [a for a in (*node.args, *node.kwargs.values()) if type(a) in (int, float)]
     beyond = next((a for a in found if abs(a) > high and abs(a) != float("inf")), None)
     return None if beyond is None else f"its constant {beyond:g} is beyond {str(dtype).removeprefix('torch.')}"
+
+
+def tensor_limits(
+    gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, varying: Mapping[fx.Node, str], written: Collection[str]
+) -> str | None:
+    """Why the stored tensors that a call reads, as they are or moved, do not fit half precision; None if they do.
+
+    Infinities stay infinities, and an additive mask of attention saturates when it is cast: these fit.
+
+    Args:
+        varying: Nodes that depend on inputs of the model.
+        written: Buffers that the model writes to: what they hold now says nothing.
+    """
+    high = torch.finfo(dtype).max
+    for read in _constants(node, varying):
+        if str(read.target) not in written and (found := _largest(get_tensor(gm, read).detach())) > high:
+            return f"{read.target}, which it reads, holds {found:g}, beyond {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def is_mask(reader: fx.Node, value: fx.Node) -> bool:
+    """Whether a value is the additive mask of an attention, and nothing else of it."""
+    attention = reader.target is torch.ops.aten.scaled_dot_product_attention.default
+    return attention and reader.args[3:4] == (value,) and value not in reader.args[:3]
+
+
+def _constants(node: fx.Node, varying: Mapping[fx.Node, str]) -> Iterator[fx.Node]:
+    """The float tensors of the graph module that the inputs of a call are made of."""
+    open_ = [n for n in reversed(node.all_input_nodes) if is_float(n) and not is_mask(node, n)]
+    seen = set(open_)
+    while open_:
+        source = open_.pop()
+        if source.op == "get_attr":
+            yield source
+        elif source not in varying:
+            new = [n for n in source.all_input_nodes if is_float(n) and n not in seen]
+            seen.update(new)
+            open_ += new
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest finite absolute value."""
+    if tensor.is_meta or not tensor.numel() or tensor.dtype.itemsize == 1:  # fp8 fits
+        return 0.0
+    found = max(abs(float(end)) for end in torch.aminmax(tensor))  # one pass over the memory, and NaN spreads
+    if found < float("inf"):
+        return found
+    return float(torch.where(tensor.isfinite(), tensor, 0).abs().max())

@@ -29,7 +29,7 @@ from inc_graph.graph import inc_meta, is_float, module_path, set_level
 from inc_graph.oppattern import OpPattern, named, pattern_of
 from inc_graph.passes._eligible import DATA, PARAMETER, Facts, useless, weight_spec
 from inc_graph.passmanager import Pass, PassReport, PassResult
-from inc_graph.recipe import OpQuant, Recipe, get_recipe, in_vain
+from inc_graph.recipe import HALF_DTYPES, OpQuant, Recipe, get_recipe, in_vain
 from inc_graph.registry import PASSES, PATTERNS
 from inc_graph.spec import PerTensor, QSpec
 
@@ -114,7 +114,7 @@ def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
         return
     index, what = rule
     if what.half is not None:
-        if (reason := state.facts.bad_half(pattern, node)) is not None:
+        if (reason := state.facts.bad_half(pattern, node, HALF_DTYPES[what.half])) is not None:
             state.float_[node] = reason
         else:
             state.halves[node] = pattern, index

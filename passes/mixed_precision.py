@@ -33,6 +33,7 @@ from inc_graph.graph import (
 )
 from inc_graph.passes._halves import Halves, cast_of, decide_halves, is_indifferent
 from inc_graph.passes._place import Maker
+from inc_graph.passes._precision import is_mask
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.recipe import HALF_DTYPES, get_recipe
 from inc_graph.registry import PASSES
@@ -40,7 +41,6 @@ from inc_graph.report import type_of
 
 aten = torch.ops.aten
 _TO = aten._to_copy.default
-_SDPA = aten.scaled_dot_product_attention.default
 
 
 @PASSES.register("mixed-precision")
@@ -142,18 +142,21 @@ class _Rewrite:
         if (origin := cast_of(source)) is not None and _dtype(origin) == dtype and _wider(source, origin):
             return origin
         if source.op == "get_attr" and str(source.target) not in self.written:
-            return self._stored(source, dtype)
+            return self._stored(source, dtype, is_mask(reader, source))
         if (source, dtype) not in self.casts:
             value = source
-            if reader.target is _SDPA and source in reader.args[3:4]:
+            if is_mask(reader, source):
                 value = self._saturated(source, dtype)
             self.casts[source, dtype] = _cast(self.gm, value, dtype, source)
         return self.casts[source, dtype]
 
-    def _stored(self, read: fx.Node, dtype: torch.dtype) -> fx.Node:
+    def _stored(self, read: fx.Node, dtype: torch.dtype, saturates: bool = False) -> fx.Node:
         tensor = get_tensor(self.gm, read).detach()
-        key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), dtype)
+        key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), dtype, saturates)
         if key not in self.weights:
+            if saturates:
+                info = torch.finfo(dtype)
+                tensor = torch.where(tensor.isinf(), tensor, tensor.clamp(info.min, info.max))
             self.weights[key] = self.make.read(f"{read.target}_{str(dtype).removeprefix('torch.')}", tensor.to(dtype))
         return self.weights[key]
 

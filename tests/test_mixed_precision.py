@@ -316,3 +316,76 @@ def test_it_keeps_its_dtypes() -> None:
     with pytest.raises(IncError, match="mixed precision"):
         q.double()
     close(q.to("cpu").eval()(X), net()(X))
+
+
+# -------------------------------------------------------------------------------------- what half precision cannot hold
+class Large(nn.Module):
+    """A weight, a bias, a gain and a constant factor of a product beyond float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weighty, self.biased, self.plain = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.tensor([1e5, 1.0, 1.0, 1.0]))
+        self.register_buffer("table", torch.eye(4) * 7e4)
+        with torch.no_grad():
+            self.weighty.weight[0, 0] = self.biased.bias[1] = -1e5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.weighty(x) * self.gain, self.biased(x), x @ self.table.t()], -1)
+        return self.plain(x) + torch.tanh(y * 1e-6).unflatten(-1, (3, 4)).sum(-2)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_constants_beyond_the_format_stay_float32(monkeypatch: pytest.MonkeyPatch, example: bool) -> None:
+    monkeypatch.setenv("FORCE_FP16", "1")
+    torch.manual_seed(0)
+    model, x = Large().eval(), torch.full((2, 4), 1e-3)
+    kwargs: Any = {"example_inputs": (x,), "backend": "eager"} if example else {}
+    q = convert(model, MixedPrecisionConfig(dtype="fp16"), **kwargs)
+    close(q(x), model(x))
+    assert [line.module for line in q.report.kernels] == ["plain"]
+    reasons = {line.module: line.detail for line in q.report.floats if line.op == "linear"}
+    assert "weight, which it reads, holds 100000, beyond float16" in reasons["weighty"]
+    assert "bias, which it reads, holds 100000, beyond float16" in reasons["biased"]
+    if example:
+        said = [line.detail for line in q.report.floats]
+        assert any("gain, which it reads, holds 100000" in text for text in said)
+        assert any("table, which it reads, holds 70000" in text for text in said)
+    else:
+        assert type(q.weighty) is nn.Linear and type(q.plain) is not nn.Linear
+
+
+def test_infinities_and_what_just_fits_are_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_FP16", "1")
+    layer = nn.Linear(4, 4).eval()
+    with torch.no_grad():
+        layer.weight[0, 0], layer.bias[1] = 65504.0, float("-inf")
+    x = torch.full((2, 4), 1e-3)
+    q = convert(layer, MixedPrecisionConfig(dtype="fp16"), example_inputs=(x,))
+    assert q.report.count("linear") == 1 and bool((q(x)[:, 1] == float("-inf")).all())
+    torch.testing.assert_close(q(x), layer(x), rtol=2**-9, atol=2**-9)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_stored_mask_of_attention_saturates(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setenv("FORCE_FP16", "1")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+            mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+            mask[0] = torch.finfo(torch.float32).min
+            self.register_buffer("mask", mask)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x)
+            return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=self.mask)
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(1, 2, 5, 8)
+    q = convert(model, MixedPrecisionConfig(dtype=dtype), example_inputs=(x,), backend="eager")
+    assert {line.op for line in q.report.kernels} == {"linear", "sdpa"}
+    close(q(x)[..., 1:, :], model(x)[..., 1:, :])
+    (stored,) = (t for t in q.graph.buffers() if t.shape == (5, 5))
+    assert bool(stored[0].isfinite().all()) and bool(stored[1, 2:].isinf().all())  # all is masked in the first row
