@@ -2,7 +2,8 @@
 
     conv | linear [-> + other] [-> activation]      becomes one HalfLayer
 
-Only weights that nobody else reads are packed: a table that is an output head too would be kept twice.
+Only weights that nobody else reads are packed: a table that is an output head too would be kept twice. Of a layer whose
+weight others hold, which are lowered by themselves, the annotation `shared` says it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inc_graph.graph import get_tensor, replace_uses, unique_name, val
+from inc_graph.graph import get_tensor, peek_meta, replace_uses, unique_name, val
 from inc_graph.lowering import _half
 from inc_graph.lowering._context import OneDnnContext, only_user, typical_shape
 from inc_graph.lowering._fusion import CONV, LINEAR, activation_of, dims_of
@@ -30,6 +31,8 @@ aten = torch.ops.aten
 
 def _check(c: OneDnnContext, found: Match) -> str | None:
     node = found.root
+    if peek_meta(node).get("shared"):
+        return ""
     x, w, bias = (argument(node, i) for i in range(3))
     half = getattr(val(node), "dtype", None)
     if half not in (torch.bfloat16, torch.float16) or not _half.has_kernels(half):

@@ -389,3 +389,49 @@ def test_a_stored_mask_of_attention_saturates(monkeypatch: pytest.MonkeyPatch, d
     close(q(x)[..., 1:, :], model(x)[..., 1:, :])
     (stored,) = (t for t in q.graph.buffers() if t.shape == (5, 5))
     assert bool(stored[0].isfinite().all()) and bool(stored[1, 2:].isinf().all())  # all is masked in the first row
+
+
+# --------------------------------------------------------------------------------------------------------- tied weights
+class Tied(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.table, self.fc, self.head = nn.Embedding(64, 32), nn.Linear(32, 32), nn.Linear(32, 64, bias=bias)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.fc(self.table(ids)))
+
+
+class Twins(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64, bias=bias), nn.Linear(64, 64, bias=bias)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [Tied, Twins])
+def test_tied_weights_are_kept_once_layer_by_layer(kind: Any, bias: bool, backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = kind(bias).eval()
+    x = torch.arange(6).reshape(2, 3) if kind is Tied else torch.randn(2, 64)
+    q = convert(copy.deepcopy(model), bf16(), backend=backend)
+    close(q(x), model(x), 0.05)
+    whole = convert(model, bf16(), example_inputs=(x,), backend=backend)
+    assert attribute_bytes(q) <= attribute_bytes(whole) < (0.8 if kind is Tied else 0.52) * attribute_bytes(model)
+    assert not any("twice" in note for note in q.report.notes)
+    q.save(tmp_path / "q")
+    stored = sum(f.stat().st_size for f in (tmp_path / "q").rglob("*.safetensors"))
+    assert stored < attribute_bytes(model) / 2 + 512  # and the header
+    again = load(tmp_path / "q", original_model=kind(bias))
+    assert attribute_bytes(again) == attribute_bytes(q) and torch.equal(again(x), q(x))
+
+
+def test_tied_weights_in_two_formats_are_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_FP16", "1")
+    q = convert(Twins(True).eval(), bf16().set_local("b", MixedPrecisionConfig(dtype="fp16")), backend="eager")
+    assert any("twice" in note for note in q.report.notes)

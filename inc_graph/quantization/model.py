@@ -176,13 +176,19 @@ class QuantizedModel(nn.Module):
         self._qdq, self._for_compile, self._packed, self.backend = new._qdq, new._for_compile, new._packed, new.backend
 
     def share(self, other: QuantizedModel) -> bool:
-        """Take the codes and scales of another model for one's own; False, and nothing done, if they are not equal."""
+        """Take the codes and scales of another model for one's own; False, and nothing done, if they are not equal.
+
+        Other tensors may differ: of two layers with one weight each keeps its bias. The weight is the largest tensor.
+        """
         ours, theirs = (dict(m._qdq[0].named_buffers()) for m in (self, other))
-        if self.fixed or other.fixed or self._packed or other._packed or not ours or set(ours) != set(theirs):
+        if self.fixed or other.fixed or self._packed or other._packed or not ours:
             return False
-        same = all(a.dtype == theirs[n].dtype and torch.equal(a, theirs[n]) for n, a in ours.items())
+        equal = {n: b for n, b in theirs.items() if n in ours and b.dtype == ours[n].dtype and torch.equal(ours[n], b)}
+        weights = [max(tensors, key=lambda n: tensors[n].nbytes) for tensors in (ours, theirs)]
+        codes = [{n for n, t in tensors.items() if not t.is_floating_point()} for tensors in (ours, theirs)]
+        same = weights[0] in equal and weights[0] == weights[1] and codes[0] == codes[1] and codes[0] <= set(equal)
         if same:
-            qdq, *_ = load_tensors(self._qdq[0], theirs, assign=True)
+            qdq, *_ = load_tensors(self._qdq[0], {**ours, **equal}, assign=True)
             assert qdq is not None
             self._lower(qdq)
         return same

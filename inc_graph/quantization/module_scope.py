@@ -34,7 +34,7 @@ from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.precision import all_float
 from inc_graph.quantization.streaming import Source, checkpoint_for, fill_rest, filled, float_layer, held, stream
-from inc_graph.quantization.tied import share_codes, tied_layers
+from inc_graph.quantization.tied import keep_unpacked, share_codes, tied_layers
 from inc_graph.recipe import Recipe, WhereRule, decide, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 from inc_graph.smoothing import Smoothing
@@ -253,6 +253,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     blocks = BlockByBlock(model, stopped, found) if stopped is not None and stopped.calls else None
     watched = {leaf: observers_of(leaf) for leaf in found}
     tied = tied_layers(model)
+    keep_unpacked(tied)
     if blocks is None and any(watched.values()) and not any(o.elements for os in watched.values() for o in os):
         raise no_data()
     facts: _Facts = model.__dict__[_MARK]

@@ -1,7 +1,7 @@
 """Weights that several layers share: an output head that is tied to the embedding, say.
 
 Quantizing one of them is a copy on write. The others keep the float table, and the report says so: both are in memory
-then. Layers that end up with the same codes share them.
+then. Layers that end up with the same codes, or the same weight in half precision, share them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,33 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, fx, nn
 
-from inc_graph.graph import get_attr, module_path, peek_meta, storage_key
+from inc_graph.graph import get_attr, inc_meta, module_path, peek_meta, storage_key
 from inc_graph.oppattern import argument, pattern_of
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.model import QuantizedModel
 
-__all__ = ["share_codes", "tied_in_graph", "tied_layers"]
+__all__ = ["keep_unpacked", "share_codes", "tied_in_graph", "tied_layers"]
 
 Owners = list[tuple[str, nn.Module]]
 """(path, module) of all that have one parameter."""
+
+
+def keep_unpacked(tied: Iterable[Owners]) -> None:
+    """Note on layers that are to share a weight in half precision that it is shared: each is lowered by itself, and a
+    kernel's own layout of the weight would be a second copy of it.
+
+    Args:
+        tied: From `tied_layers`, before the first leaf was converted.
+    """
+    for owners in tied:
+        halves: dict[str, list[fx.Node]] = {}
+        for _, leaf in owners:
+            inner = leaf.inner if isinstance(leaf, Leaf) and leaf.reason is None else None
+            for node in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
+                if (half := peek_meta(node).get("half")) is not None and pattern_of(node) is not None:
+                    halves.setdefault(half, []).append(node)
+        for node in (n for nodes in halves.values() if len(nodes) > 1 for n in nodes):
+            inc_meta(node)["shared"] = True
 
 
 def share_codes(tied: Iterable[Owners], new: Mapping[Leaf, nn.Module]) -> list[str]:
