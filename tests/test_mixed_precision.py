@@ -25,6 +25,7 @@ from inc_graph.quantization import (
     load,
     prepare,
     quantize,
+    save,
 )
 from inc_graph.report import attribute_bytes
 from inc_graph.utils.cpu import CpuInfo
@@ -435,3 +436,26 @@ def test_tied_weights_in_two_formats_are_kept_twice(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FORCE_FP16", "1")
     q = convert(Twins(True).eval(), bf16().set_local("b", MixedPrecisionConfig(dtype="fp16")), backend="eager")
     assert any("twice" in note for note in q.report.notes)
+
+
+# ----------------------------------------------------------------------------------------------- every layer is float32
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_a_model_that_stayed_float32_is_saved_layer_by_layer(dtype: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrecisionWarning)
+        q = convert(net(), MixedPrecisionConfig(dtype=dtype), backend="eager")
+    assert q.report.backend == "eager" and not q.report.kernels
+    assert convert(net(), MixedPrecisionConfig(dtype="fp32"), example_inputs=(X,), backend="eager").backend == "eager"
+    q.save(tmp_path / "q")
+    other = net()
+    with torch.no_grad():
+        other.fc.weight.zero_()
+    again = load(tmp_path / "q", original_model=other)
+    assert type(again) is Net and torch.equal(again(X), q(X)) and again.report.backend == "eager"
+    assert again.report.floats == q.report.floats
+    again.save(tmp_path / "again")  # what was loaded is saved again
+    assert torch.equal(load(tmp_path / "again", original_model=net())(X), q(X))
+    with pytest.raises(IncError, match="only a converted model can be saved"):
+        save(net(), tmp_path / "float")
+    with pytest.raises(IncError, match="only a converted model can be saved"):
+        save(prepare(net(), MixedPrecisionConfig(dtype="fp32")), tmp_path / "prepared")

@@ -102,7 +102,7 @@ def save(self: nn.Module, checkpoint_dir: Any = "saved_results", format: Any = "
     found = leaves(self)
     report = report_of(self)
     algorithms = self.__dict__.get("_inc_algorithm", {}).get("algorithms")
-    if report is None or not (found or algorithms) or not all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
+    if report is None or not all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
         raise SavedModelError("only a converted model can be saved", hint="convert(prepared) makes one")
     layers = [(paths, leaf.inner, _facts(leaf)) for leaf, paths in found.items()]
     kind = f"{type(self).__module__}.{type(self).__qualname__}"

@@ -189,6 +189,8 @@ def _load_layers(
     if body["layers"]:
         Recipe.from_json(recipe)
         backend = _backend(saved, asked, device)
+    elif saved.scope == "module" and asked is not None:
+        backend, _ = choose_backend(asked, device.type)
     plan = []
     parts = Report(report.method, backend, floats=report.floats, notes=report.notes, timings=report.timings)
     parts.bytes_before, parts.weights = report.bytes_before, report.weights

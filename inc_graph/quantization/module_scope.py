@@ -38,6 +38,7 @@ from inc_graph.quantization.tied import keep_unpacked, share_codes, tied_layers
 from inc_graph.recipe import Recipe, WhereRule, decide, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 from inc_graph.smoothing import Smoothing
+from inc_graph.utils.device import choose_backend
 from inc_graph.utils.progress import progress
 
 __all__ = ["convert", "is_prepared", "look", "prepare", "undo"]
@@ -257,7 +258,10 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     if blocks is None and any(watched.values()) and not any(o.elements for os in watched.values() for o in os):
         raise no_data()
     facts: _Facts = model.__dict__[_MARK]
-    report = Report(facts.recipe.method, "", floats=list(facts.floats), bytes_before=facts.bytes_before, notes=[_NOTE])
+    name, _ = choose_backend(backend or facts.recipe.backend)  # said even if every layer stays float
+    report = Report(
+        facts.recipe.method, name, floats=list(facts.floats), bytes_before=facts.bytes_before, notes=[_NOTE]
+    )
     if stopped is not None and stopped.chain:
         report.notes.append(
             f"layers were rounded on their inputs in the float model, not block by block: {stopped.chain}"
