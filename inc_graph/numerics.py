@@ -289,22 +289,25 @@ def choose_qparams(
     """Scale and zero point of a tensor from its own smallest and largest values.
 
     Args:
-        x: Floating point tensor. NaN counts as 0 and infinities as the dtype's largest finite value.
+        x: Floating point tensor.
         block: One entry per dimension of ``x``.
         qtype: Name of the number format.
         method: ``"symmetric"`` or ``"asymmetric"``; see :func:`affine_qparams`.
 
     Returns:
-        ``(scale float32, zero_point int32)``, both of shape ``scale_shape(x.shape, block)`` and contiguous.
+        ``(scale float32, zero_point int32)``, both of shape ``scale_shape(x.shape, block)`` and contiguous. A block
+        with NaN or an infinity in it has no range: its scale is NaN, so that all it is dequantized to is NaN, and its
+        zero point that of a block of zeros.
 
     Raises:
         SpecError: if ``x`` is not floating point or ``method`` does not suit the format.
     """
     _check_float(x)
     check_scheme(get_qtype(qtype), method)
-    low, high = block_range(x.nan_to_num(), block)
-    scale, zero_point = affine_qparams(low, high, qtype, method)
-    return scale.contiguous(), zero_point.contiguous()
+    low, high = block_range(x, block)  # NaN spreads
+    good = low.isfinite() & high.isfinite()
+    scale, zero_point = affine_qparams(low.where(good, 0.0), high.where(good, 0.0), qtype, method)
+    return scale.where(good, math.nan).contiguous(), zero_point.contiguous()
 
 
 def check_scheme(qt: QType, scheme: str) -> None:

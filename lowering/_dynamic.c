@@ -91,34 +91,38 @@ static void narrowed(const float *row, int type, int64_t n, uint16_t *out) {
 }
 
 /* ------------------------------------------------------------------------------------------------------ quantize */
-/* Least and largest value of a row, zero among them; NaN counts as zero. */
+/* Least and largest value of a row, zero among them. NaN and infinities make the least one NaN. */
 static void range(const float *x, int64_t n, float *least, float *most) {
-  float low = 0, high = 0;
+  float low = 0, high = 0, none = 0; /* the sum of 0 x: NaN if one of them is no finite number */
   int64_t i = 0;
 #if FAST
-  __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
+  __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a, e = a, f = a, zero = a;
   for (; i + 2 * L <= n; i += 2 * L) { /* min(x, a) is a where x is NaN */
     __m512 u = _mm512_loadu_ps(x + i), v = _mm512_loadu_ps(x + i + L);
     a = _mm512_min_ps(u, a); b = _mm512_max_ps(u, b);
     c = _mm512_min_ps(v, c); d = _mm512_max_ps(v, d);
+    e = _mm512_fmadd_ps(u, zero, e); f = _mm512_fmadd_ps(v, zero, f);
   }
   low = _mm512_reduce_min_ps(_mm512_min_ps(a, c));
   high = _mm512_reduce_max_ps(_mm512_max_ps(b, d));
+  none = _mm512_reduce_add_ps(_mm512_add_ps(e, f));
 #endif
-  for (; i < n; i++) { low = x[i] < low ? x[i] : low; high = x[i] > high ? x[i] : high; }
-  *least = low;
+  for (; i < n; i++) { low = x[i] < low ? x[i] : low; high = x[i] > high ? x[i] : high; none += x[i] * 0; }
+  *least = none == 0 ? low : none;
   *most = high;
 }
 
 static void parameters(const Job *w, float low, float high, float largest, float *scale, float *zero) {
   const float bound = 0x1.fffffep126f; /* half of the largest float32 */
   float most = largest < bound ? largest : bound, steps = (float)(w->qmax - w->qmin), size, s;
+  int bad = low != low; /* no range: a scale of NaN, and the zero point of zeros */
+  if (bad) low = high = 0;
   low = low < -most ? -most : low;
   high = high > most ? most : high;
   size = -low > high ? -low : high;
   s = w->symmetric ? size / (steps / 2) : (high - low) / steps;
   s = size == 0 ? 1 : s < 0x1p-120f ? 0x1p-120f : s;
-  *scale = s;
+  *scale = bad ? NAN : s;
   if (w->symmetric) *zero = (float)((w->qmin + w->qmax + 1) / 2 + w->offset);
   else {
     float z = (float)w->qmin - rintf(low / s);
@@ -287,7 +291,7 @@ int run(Job *w, Parallel *parallel, unsigned threads) {
   if (w->stage == RANGES && !w->failed) {
     float low = 0, high = 0;
     for (int64_t r = 0; r < w->rows; r++) {
-      low = w->scale[r] < low ? w->scale[r] : low;
+      low = w->scale[r] < low || w->scale[r] != w->scale[r] ? w->scale[r] : low; /* NaN stays */
       high = w->zero[r] > high ? w->zero[r] : high;
     }
     parameters(w, low, high, w->largest, w->scale, w->zero);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,29 @@ def test_codes_are_those_of_the_reference(
     x = (x.abs() if odd == "positive" else x * factor).to(dtype)
     codes, params = dynamic_codes(x, qtype, scheme, per_row)
     want, want_params = _codes_by_torch(x, qtype, scheme, per_row)
-    assert torch.equal(codes, want) and torch.equal(params, want_params)
+    assert torch.equal(codes, want)
+    torch.testing.assert_close(params, want_params, rtol=0, atol=0, equal_nan=True)
+    good = x.isfinite().all(-1) if per_row else x.isfinite().all().reshape(1)
+    assert torch.equal(params[0].isfinite(), good)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 33])  # in the vectors of the pass, and behind them
+def test_what_is_no_number_stays_visible(way: str, config: Config, bad: float, at: int) -> None:
+    """A token with NaN or infinity gives NaN, through fused layers and activations; per token others are as ever."""
+    model = nn.Sequential(nn.Linear(37, 40), nn.ReLU(), nn.Linear(40, 8)).eval()
+    x = torch.randn(5, 37)
+    broken = x.clone()
+    broken[2, at] = bad
+    whole = quantized(model, (x,), **config)
+    for q in (whole, whole.graph, convert(copy.deepcopy(model), DynamicQuantConfig(**config))):
+        want, have = q(x).detach(), q(broken).detach()
+        assert want.isfinite().all() and have[2].isnan().all()
+        if "act_granularity" in config:
+            assert torch.equal(have[[0, 1, 3, 4]], want[[0, 1, 3, 4]])
+        else:
+            assert have.isnan().all()
 
 
 def test_codes_of_any_layout(way: str) -> None:

@@ -60,7 +60,7 @@ def tensors(draw: st.DrawFn, shape: Sequence[int], dtypes: Sequence[torch.dtype]
     else:
         pick = torch.randint(len(SPECIAL), tuple(shape), generator=generator)
         x = torch.tensor(SPECIAL)[pick]
-    x = x.to(dtype)
+    x = x.to(dtype).nan_to_num()  # finite: what a half overflows to has tests of its own
     if layout == "transposed" and x.dim() >= 2:
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
     elif layout == "sliced" and x.dim() >= 1:

@@ -239,18 +239,22 @@ def test_nan_and_infinity(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", FLOAT32)
-def test_scales_of_bad_tensors_are_usable(name: str) -> None:
+def test_blocks_with_nan_or_infinity_have_no_scale(name: str) -> None:
+    """All they are dequantized to is NaN; zero points and the scales of other blocks are as ever."""
     qtype = get_qtype(name)
     top = torch.finfo(torch.float32).max
     nan, inf = math.nan, math.inf
     x = torch.tensor([[nan, 2.0], [nan, nan], [inf, 1.0], [-inf, inf], [top, -top], [1e-45, 0.0], [0.0, 0.0]])
     for method in ("symmetric", "asymmetric") if qtype.is_int else ("symmetric",):
         scale, zero_point = N.choose_qparams(x, (1, -1), name, method)
-        assert (scale > 0).all() and scale.isfinite().all()
-        assert scale[1] == scale[6] == 1
-        assert scale[0] == N.choose_qparams(torch.tensor([[2.0]]), (1, -1), name, method)[0]
+        assert scale[:4].isnan().all() and (scale[4:] > 0).all() and scale[4:].isfinite().all()
+        assert scale[6] == 1 and (zero_point[:4] == zero_point[6]).all()
+        assert all(map(same, N.choose_qparams(x[4:], (1, -1), name, method), (scale[4:], zero_point[4:])))
+        assert N.choose_qparams(x, (-1, -1), name, method)[0].isnan().all()
         back = N.fake_quantize(x, scale, zero_point, (1, -1), name)
-        assert back[2:].isfinite().all()
+        codes = N.quantize(x, scale, zero_point, (1, -1), name)
+        assert same(back, N.dequantize(codes, scale, zero_point, (1, -1), name))
+        assert back[:4].isnan().all() and back[4:].isfinite().all()
         assert (back[4].sign() == x[4].sign()).all()
 
 
