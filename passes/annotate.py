@@ -186,7 +186,9 @@ def _follower(node: fx.Node, pattern: OpPattern, state: _State) -> None:
         return
     key, others = _agreed(end, state)
     if key is None:
-        state.float_[node] = "not every reader of its result is quantized, so int8 would only add conversions"
+        codes = any(r.what is not None and r.what.half is None for r in state.recipe.rules)
+        beside = "not every reader of its result is quantized, so int8 would only add conversions"
+        state.float_[node] = beside if codes else "its neighbours compute in float32"
         return
     rule = _rule(node, pattern, state)
     if isinstance(rule, str):

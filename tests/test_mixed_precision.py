@@ -295,6 +295,8 @@ def test_what_machines_have(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fp32_leaves_the_model() -> None:
     q = convert(net(), MixedPrecisionConfig(dtype="fp32"), example_inputs=(X,))
     torch.testing.assert_close(q(X), net()(X))
+    reasons = {line.op: line.detail for line in q.report.floats}
+    assert reasons["add"] == "its neighbours compute in float32" and "int8" not in str(q.report.floats)
 
 
 def test_unknown_dtype() -> None:
