@@ -17,6 +17,7 @@ __all__ = [
     "IncError",
     "IncWarning",
     "LoweringError",
+    "MissingError",
     "PassError",
     "PatternError",
     "PrecisionWarning",
@@ -65,6 +66,10 @@ class IncError(Exception):
 
 class ConfigError(IncError, ValueError):
     """A user-facing configuration is wrong: unknown argument, impossible combination."""
+
+
+class MissingError(IncError, NotImplementedError):
+    """A config asks for an algorithm that this version does not have."""
 
 
 class SpecError(IncError, ValueError):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inc_graph.errors import CaptureError, ConfigError, IncWarning
+from inc_graph.errors import CaptureError, ConfigError, IncWarning, MissingError
 from inc_graph.export import export
 from inc_graph.quantization import (
     AutoRoundConfig,
@@ -200,7 +200,7 @@ def test_convert_without_prepare_takes_example_inputs() -> None:
 
 
 def test_the_name_of_a_model() -> None:
-    with pytest.raises(NotImplementedError, match="AutoRoundConfig: this version does not have the algorithm"):
+    with pytest.raises(MissingError, match="AutoRoundConfig: this version does not have the algorithm"):
         prepare("facebook/opt-125m", AutoRoundConfig())  # type: ignore[arg-type]
     with pytest.raises(CaptureError, match="'facebook/opt-125m' is the name of a model"):
         prepare("facebook/opt-125m", StaticQuantConfig())  # type: ignore[arg-type]

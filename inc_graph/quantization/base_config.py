@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from torch import nn
 
 from inc_graph.algorithms.entries import algos_mapping
-from inc_graph.errors import ConfigError, IncError, IncWarning
+from inc_graph.errors import ConfigError, IncError, IncWarning, MissingError
 from inc_graph.quantization.fields import DEFAULT_WHITE_LIST, Field, unboxed, unshared
 from inc_graph.quantization.mapping import config_mapping, entries_of, type_of
 from inc_graph.quantization.own_fields import fields_of
@@ -497,10 +497,10 @@ class BaseConfig:
             return None
         raise self._missing()
 
-    def _missing(self) -> NotImplementedError:
+    def _missing(self) -> MissingError:
         text = f"{type(self).__name__}: this version does not have the algorithm '{self.name}'"
         own = not type(self).__module__.startswith("inc_graph.")
-        return NotImplementedError(f"{text}: enter yours with register_algo({self.name!r})" if own else text)
+        return MissingError(f"{text}: enter yours with register_algo({self.name!r})" if own else text)
 
     def checkpoint(self) -> str:
         """The folder that the weights of an empty model are read from; "" if the config names none."""
