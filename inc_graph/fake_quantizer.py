@@ -256,6 +256,7 @@ class LearnedStep(FakeQuantizer):
         self.step = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool, device=device))
+        self._begun = False  # the same, without asking a tensor: what is compiled can depend on it
         if weight is not None:
             self._begin(weight.detach())
 
@@ -267,10 +268,11 @@ class LearnedStep(FakeQuantizer):
         self.step.requires_grad_(False)
 
     def rounded(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and not x.is_meta and not bool(self.ready):
-            if not self.training:
+        if not self._begun and not x.is_meta:
+            if self.training:
+                self._begin(x.detach(), together=True)
+            elif not torch.compiler.is_compiling():
                 raise _unseen(self)
-            self._begin(x.detach(), together=True)
         per_sample = x.numel() // max(len(x), 1) if self.what == "input" and x.ndim > 1 else x.numel()
         shared = max(per_sample // max(self.step.numel(), 1), 1)
         scale, zero = self.params()
@@ -285,6 +287,7 @@ class LearnedStep(FakeQuantizer):
     def _begin(self, x: Tensor, together: bool = False) -> None:
         if not x.numel():
             return
+        x = torch.where(x.isfinite(), x, 0.0)  # where they are not refused, they say nothing of the scale
         block = self.spec.block(x.ndim)
         scale, zero = CHOOSE_QPARAMS(x, block, self.spec.qtype, self.spec.scheme)
         if self.spec.scheme == "symmetric":
@@ -300,6 +303,11 @@ class LearnedStep(FakeQuantizer):
         self.step.copy_(scale)
         self.zero_point.copy_(zero)
         self.ready.fill_(True)
+        self._begun = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._begun = bool(self.ready)
 
     def params(self, x: Tensor | None = None) -> Scale:
         scale = self.step.float().abs().clamp(min=MIN_SCALE)

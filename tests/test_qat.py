@@ -295,6 +295,26 @@ def test_under_torch_compile(model: Net, mapping: Any) -> None:
     assert isinstance(convert(compiled), Net)
 
 
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["layers", "graph"])
+def test_learned_steps_under_torch_compile(model: Net, example_inputs: Any, bad: bool) -> None:
+    """They begin with the first batch there as well, of what is finite in it, and learn the same."""
+    model.drop.p = 0.0
+    prepared = prepare_qat(model, MAPPINGS["int4"], learn_scales=True, example_inputs=example_inputs)
+    twin = copy.deepcopy(prepared)
+    torch._dynamo.reset()
+    compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True)
+    if bad:
+        assert not bool(compiled(torch.full_like(X, torch.inf)).isfinite().all())
+        states = (v for k, v in prepared.state_dict().items() if k.endswith(".step"))
+        assert all(bool(v.isfinite().all()) for v in states)
+        return
+    assert train(compiled, 4) == pytest.approx(train(twin, 4), rel=1e-4)
+    steps = {k: v for k, v in prepared.state_dict().items() if k.endswith(".step")}
+    assert len(steps) == 6 and all(torch.allclose(v, twin.state_dict()[k], rtol=1e-4) for k, v in steps.items())
+    assert convert(compiled).report.quantized
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 def _unchanged(model: nn.Module) -> bool:
     return not any("fake_quant" in m._modules or "forward" in vars(m) for m in model.modules())
