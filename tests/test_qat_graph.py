@@ -214,6 +214,15 @@ def test_the_model_or_a_copy() -> None:
     assert not torch.equal(first(X), convert(gm, backend="eager")(X))
 
 
+def test_running_statistics_are_those_of_the_model() -> None:
+    model = make()
+    gm = prepare_qat(model, W8A8, example_inputs=(X,))
+    train(gm, 2)
+    state = gm.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert int(model.bn.num_batches_tracked) == 2 and gm.get_buffer("bn.running_mean") is model.bn.running_mean
+
+
 def test_dynamic_batch() -> None:
     gm = prepare_qat(make(), W8A8, example_inputs=(X,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     gm(X[:5]).sum().backward()

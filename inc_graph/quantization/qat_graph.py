@@ -40,7 +40,7 @@ def options(learn_scales: bool, freeze_after: int | None, check: bool) -> str:
 def prepare(
     model: nn.Module, recipe: Recipe, predicates: Mapping[int, Any], inplace: bool, inputs: Any, shapes: Any, how: str
 ) -> fx.GraphModule:
-    """The trainable graph of a model in train mode; its parameters are the model's, with `inplace`.
+    """The trainable graph of a model in train mode; its parameters and buffers are the model's, with `inplace`.
 
     Raises:
         CaptureError: torch.export cannot capture it.
@@ -72,6 +72,7 @@ def prepare(
         reasons = "; ".join(list(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats))[:5])
         raise ConfigError(f"the mapping matches nothing that can be trained ({reasons})", hint="see the reasons")
     warn_prefixes(recipe, filter(None, (module_path(n) for n in gm.graph.nodes if pattern_of(n))), stacklevel=4)
+    _share_buffers(gm, model)
     remember_buffers(gm)
     refuse_pickling(gm)
     gm.meta["inc"]["bytes_before"] = before
@@ -79,6 +80,15 @@ def prepare(
     guard(gm)
     gm._register_deepcopy_hook(guard)  # fx does not copy such hooks
     return gm.train()
+
+
+def _share_buffers(gm: fx.GraphModule, model: nn.Module) -> None:
+    """What the graph writes to is the model's own, as its parameters are: capture has made copies."""
+    for path, own in model.named_buffers():
+        if path not in dict(gm.named_buffers()):
+            continue
+        parent, _, name = path.rpartition(".")
+        gm.get_submodule(parent)._buffers[name] = own
 
 
 def is_prepared(model: nn.Module) -> bool:
