@@ -20,6 +20,7 @@ from inc_graph.quantization import (
     DynamicQuantConfig,
     GPTQConfig,
     RTNConfig,
+    SmoothQuantConfig,
     StaticQuantConfig,
     convert,
     freeze_observers,
@@ -358,6 +359,14 @@ def test_refused_mappings(model: Net, mapping: Any, message: str) -> None:
     with warnings.catch_warnings(), pytest.raises(ConfigError, match=message):
         warnings.simplefilter("ignore", UnusedRuleWarning)
         prepare_qat(model, mapping)
+    assert _unchanged(model)
+
+
+@pytest.mark.parametrize("mapping", [SmoothQuantConfig(), {nn.Linear: SmoothQuantConfig()}])
+@pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["layers", "graph"])
+def test_smoothing_is_refused(model: Net, mapping: Any, example_inputs: Any) -> None:
+    with pytest.raises(ConfigError, match=r"SmoothQuant goes by calibration data.*\n.*StaticQuantConfig"):
+        prepare_qat(model, mapping, example_inputs=example_inputs)
     assert _unchanged(model)
 
 
