@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,21 @@ def test_training_resumes_from_a_checkpoint(model: Net, options: dict[str, Any],
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     optimizer.load_state_dict(states)
     assert train(again, 3, optimizer) == want
+
+
+def test_a_pickled_model_goes_on(model: Net) -> None:
+    prepare_qat(model, {nn.Linear: "INT4"}, learn_scales=True)
+    model.drop.p = 0.0
+    train(model, 2)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert again.fc1.forward.args[0] is again.fc1
+    assert train(again, 2) == train(model, 2)
+    with pytest.raises(TrainingError, match=r"NaN .*'fc1'"):
+        again(X * torch.nan)
+    assert convert(again).report.quantized
 
 
 def test_a_float_checkpoint_goes_into_a_prepared_model(model: Net) -> None:

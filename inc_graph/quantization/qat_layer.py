@@ -6,7 +6,7 @@ scales are found anew in each step (MX, weights) have no state in them.
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -142,7 +142,7 @@ def put_in(layer: nn.Module, quantizers: LayerQuantizers) -> None:
     weight: Any = layer.weight
     quantizers.to(weight.device).train(layer.training)
     layer.add_module(NAME, quantizers)
-    layer.__dict__["forward"] = types.MethodType(_forward, layer)
+    layer.__dict__["forward"] = functools.partial(_forward, layer)  # a bound method could not be pickled
 
 
 def take_out(layer: nn.Module) -> LayerQuantizers:
