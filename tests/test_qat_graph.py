@@ -283,6 +283,13 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         freeze_batch_norm(make())
 
 
+def test_a_norm_without_momentum_is_named() -> None:
+    model = make()
+    model.bn2.momentum = None
+    with pytest.raises(ConfigError, match=r"momentum=None.*'bn2'.*\n.*leave out example_inputs"):
+        prepare_qat(model, W8A8, example_inputs=(X,))
+
+
 def test_random_operators_that_are_not_known() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:

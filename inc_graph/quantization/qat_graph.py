@@ -51,6 +51,10 @@ def prepare(
         raise ConfigError("a graph keeps the mode in which it was captured", hint=hint)
     if not inplace:
         model = own_copy(model)
+    for path, module in model.named_modules():
+        if getattr(module, "running_mean", None) is not None and getattr(module, "momentum", 0.1) is None:
+            hint = "give it a momentum, such as 0.1; or leave out example_inputs"
+            raise ConfigError("momentum=None, a mean over all batches, is not known in a graph", module=path, hint=hint)
     args, kwargs = example_call(model, inputs)
     with progress("export") as step:
         step(type(model).__name__)
