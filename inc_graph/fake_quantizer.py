@@ -52,6 +52,7 @@ class FakeQuantizer(nn.Module):
         super().__init__()
         self.spec, self.what, self.path, self.check = spec, what, path, check
         self.watch = False  # refuse gradients that are not finite, too
+        self.guard: Any = None  # `clear()` drops the gradients of the whole model
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` rounded, in its dtype. TrainingError if it holds NaN or infinity."""
@@ -61,7 +62,7 @@ class FakeQuantizer(nn.Module):
             raise self._bad(x)
         y = self.rounded(x)
         if self.watch and self.check:
-            refuse_bad_gradients(y, self.path)
+            refuse_bad_gradients(y, self.path, self.guard)
         return y
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -75,6 +76,13 @@ class FakeQuantizer(nn.Module):
 
     def freeze(self) -> None:
         """Keep the scale as it is from now on."""
+
+    def moving(self) -> list[Tensor]:
+        """State that the next training batch moves."""
+        return []
+
+    def settle(self) -> None:
+        """The state was set from outside."""
 
     def params(self, x: Tensor | None = None) -> Scale:
         """(scale, zero point) as they are now; of `x`, where the scale is that of the tensor itself."""
@@ -188,6 +196,9 @@ class TrackedRange(FakeQuantizer):
     def freeze(self) -> None:
         self.frozen.fill_(True)
 
+    def moving(self) -> list[Tensor]:
+        return [self.low, self.high, self.steps]
+
     def rounded(self, x: Tensor) -> Tensor:
         if self.training and x.numel() and not _recomputing():
             self._track(x.detach())
@@ -256,6 +267,7 @@ class LearnedStep(FakeQuantizer):
         self.step = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool, device=device))
+        self._begun = False  # the same, without asking a tensor: what is compiled can depend on it
         if weight is not None:
             self._begin(weight.detach())
 
@@ -266,11 +278,18 @@ class LearnedStep(FakeQuantizer):
     def freeze(self) -> None:
         self.step.requires_grad_(False)
 
+    def moving(self) -> list[Tensor]:
+        return [] if self._begun else [self.step, self.zero_point, self.ready]
+
+    def settle(self) -> None:
+        self._begun = bool(self.ready)
+
     def rounded(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and not x.is_meta and not bool(self.ready):
-            if not self.training:
+        if not self._begun and not x.is_meta:
+            if self.training:
+                self._begin(x.detach(), together=True)
+            elif not torch.compiler.is_compiling():
                 raise _unseen(self)
-            self._begin(x.detach(), together=True)
         per_sample = x.numel() // max(len(x), 1) if self.what == "input" and x.ndim > 1 else x.numel()
         shared = max(per_sample // max(self.step.numel(), 1), 1)
         scale, zero = self.params()
@@ -285,6 +304,7 @@ class LearnedStep(FakeQuantizer):
     def _begin(self, x: Tensor, together: bool = False) -> None:
         if not x.numel():
             return
+        x = torch.where(x.isfinite(), x, 0.0)  # where they are not refused, they say nothing of the scale
         block = self.spec.block(x.ndim)
         scale, zero = CHOOSE_QPARAMS(x, block, self.spec.qtype, self.spec.scheme)
         if self.spec.scheme == "symmetric":
@@ -300,6 +320,11 @@ class LearnedStep(FakeQuantizer):
         self.step.copy_(scale)
         self.zero_point.copy_(zero)
         self.ready.fill_(True)
+        self._begun = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.settle()
 
     def params(self, x: Tensor | None = None) -> Scale:
         scale = self.step.float().abs().clamp(min=MIN_SCALE)
@@ -352,10 +377,11 @@ class TrainedObserver(Observer):
         return scale.float(), torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero
 
 
-def refuse_bad_gradients(y: Tensor, path: str) -> None:
+def refuse_bad_gradients(y: Tensor, path: str, guard: Any = None) -> None:
     """Let the backward pass refuse a gradient of `y` that is not finite, before any optimizer can use it.
 
-    Not where float16 is computed in: a gradient scaler lets such a step overflow, and drops it.
+    Not where float16 is computed in: a gradient scaler lets such a step overflow, and drops it. `path` is "" for the
+    output of the model; `guard.clear()` drops the gradients that are there by then.
     """
     kind = y.device.type
     half = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
@@ -363,11 +389,23 @@ def refuse_bad_gradients(y: Tensor, path: str) -> None:
         return
 
     def look(grad: Tensor) -> None:
-        if not bool(grad.isfinite().all()):
-            hint = "the loss is NaN or infinite: take smaller steps, or look at the batch and the loss"
-            raise TrainingError("the gradient that comes back to the layer is not finite", module=path, hint=hint)
+        if bool(grad.isfinite().all()):
+            return
+        if guard is not None:
+            guard.clear()
+        where = "the layer" if path else "the model's output"
+        hint = (
+            "it began behind this layer, and not behind the next one that is quantized"
+            if path
+            else "the loss is NaN or infinite: take smaller steps, or look at the batch and the loss"
+        )
+        raise TrainingError(f"the gradient that comes back to {where} is not finite", module=path, hint=hint)
 
     y.register_hook(look)
+    if not path:  # the last layer may look at the same tensor: it comes after, so that the loss is named
+        hooks: Any = y._backward_hooks
+        for key in list(hooks)[:-1]:
+            hooks[key] = hooks.pop(key)
 
 
 def _no_zero_point(spec: QSpec) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from inc_graph.quantization import (
     DynamicQuantConfig,
     GPTQConfig,
     RTNConfig,
+    SmoothQuantConfig,
     StaticQuantConfig,
     convert,
     freeze_observers,
@@ -207,6 +209,21 @@ def test_training_resumes_from_a_checkpoint(model: Net, options: dict[str, Any],
     assert train(again, 3, optimizer) == want
 
 
+def test_a_pickled_model_goes_on(model: Net) -> None:
+    prepare_qat(model, {nn.Linear: "INT4"}, learn_scales=True)
+    model.drop.p = 0.0
+    train(model, 2)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert again.fc1.forward.args[0] is again.fc1
+    assert train(again, 2) == train(model, 2)
+    with pytest.raises(TrainingError, match=r"NaN .*'fc1'"):
+        again(X * torch.nan)
+    assert convert(again).report.quantized
+
+
 def test_a_float_checkpoint_goes_into_a_prepared_model(model: Net) -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
     prepare_qat(model, {nn.Linear: "INT4"})
@@ -295,6 +312,26 @@ def test_under_torch_compile(model: Net, mapping: Any) -> None:
     assert isinstance(convert(compiled), Net)
 
 
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["layers", "graph"])
+def test_learned_steps_under_torch_compile(model: Net, example_inputs: Any, bad: bool) -> None:
+    """They begin with the first batch there as well, of what is finite in it, and learn the same."""
+    model.drop.p = 0.0
+    prepared = prepare_qat(model, MAPPINGS["int4"], learn_scales=True, example_inputs=example_inputs)
+    twin = copy.deepcopy(prepared)
+    torch._dynamo.reset()
+    compiled = torch.compile(prepared, backend="aot_eager", fullgraph=True)
+    if bad:
+        assert not bool(compiled(torch.full_like(X, torch.inf)).isfinite().all())
+        states = (v for k, v in prepared.state_dict().items() if k.endswith(".step"))
+        assert all(bool(v.isfinite().all()) for v in states)
+        return
+    assert train(compiled, 4) == pytest.approx(train(twin, 4), rel=1e-4)
+    steps = {k: v for k, v in prepared.state_dict().items() if k.endswith(".step")}
+    assert len(steps) == 6 and all(torch.allclose(v, twin.state_dict()[k], rtol=1e-4) for k, v in steps.items())
+    assert convert(compiled).report.quantized
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 def _unchanged(model: nn.Module) -> bool:
     return not any("fake_quant" in m._modules or "forward" in vars(m) for m in model.modules())
@@ -341,6 +378,14 @@ def test_refused_mappings(model: Net, mapping: Any, message: str) -> None:
     assert _unchanged(model)
 
 
+@pytest.mark.parametrize("mapping", [SmoothQuantConfig(), {nn.Linear: SmoothQuantConfig()}])
+@pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["layers", "graph"])
+def test_smoothing_is_refused(model: Net, mapping: Any, example_inputs: Any) -> None:
+    with pytest.raises(ConfigError, match=r"SmoothQuant goes by calibration data.*\n.*StaticQuantConfig"):
+        prepare_qat(model, mapping, example_inputs=example_inputs)
+    assert _unchanged(model)
+
+
 @pytest.mark.parametrize("options", [{"freeze_after": 0}, {"learn_scales": 1}, {"check_finite": None}])
 def test_refused_options(model: Net, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
@@ -355,9 +400,9 @@ def test_what_is_not_finite_is_named(model: Net) -> None:
     with pytest.raises(TrainingError, match=r"the input has \d+ NaN and 0 infinite values \[module 'fc1'\]"):
         model(X * torch.nan)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
-    with pytest.raises(TrainingError, match=r"gradient .* not finite \[module 'head'\]\n.*the loss"):
+    with pytest.raises(TrainingError, match=r"the model's output is not finite\n.*the loss"):
         (model(X).sum() * torch.inf).backward()
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if "head" not in n)
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
     with torch.no_grad():
         model.fc2.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"the weight has 1 NaN .*'fc2'"):
@@ -365,6 +410,43 @@ def test_what_is_not_finite_is_named(model: Net) -> None:
     with pytest.raises(TrainingError, match=r"the weight holds NaN.*'fc2'"):
         convert(model)
     assert "forward" in vars(model.fc1) and model.training
+
+
+class Root(nn.Module):
+    """A gradient that is infinite behind the first layer, and a norm before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.first = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.first(self.norm(x)) * 0.0).abs().sqrt())
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+@pytest.mark.parametrize("example_inputs", [None, (torch.ones(4, 6),)], ids=["layers", "graph"])
+def test_what_is_refused_leaves_no_trace(example_inputs: Any, learn_scales: bool) -> None:
+    torch.manual_seed(0)
+    model = prepare_qat(Root().train(), {nn.Linear: "INT8"}, example_inputs=example_inputs, learn_scales=learn_scales)
+    model = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        value = model.get_parameter("last.weight")[0, 0].clone()
+        model.get_parameter("last.weight")[0, 0] = torch.nan
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"the weight has 1 NaN .*'last'"):
+        model(x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k != "last.weight")
+    with torch.no_grad():
+        model.get_parameter("last.weight")[0, 0] = value
+    with pytest.raises(TrainingError, match=r"gradient .* the model's output is not finite\n.*the loss"):
+        (model(x).sum() * torch.nan).backward()
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(TrainingError, match=r"gradient .* the layer is not finite \[module 'first'\]"):
+        model(x).sum().backward()  # the slope of a root at 0
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_untrained_and_unreached(model: Net) -> None:

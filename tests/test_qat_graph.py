@@ -214,6 +214,15 @@ def test_the_model_or_a_copy() -> None:
     assert not torch.equal(first(X), convert(gm, backend="eager")(X))
 
 
+def test_running_statistics_are_those_of_the_model() -> None:
+    model = make()
+    gm = prepare_qat(model, W8A8, example_inputs=(X,))
+    train(gm, 2)
+    state = gm.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert int(model.bn.num_batches_tracked) == 2 and gm.get_buffer("bn.running_mean") is model.bn.running_mean
+
+
 def test_dynamic_batch() -> None:
     gm = prepare_qat(make(), W8A8, example_inputs=(X,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     gm(X[:5]).sum().backward()
@@ -274,6 +283,13 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         freeze_batch_norm(make())
 
 
+def test_a_norm_without_momentum_is_named() -> None:
+    model = make()
+    model.bn2.momentum = None
+    with pytest.raises(ConfigError, match=r"momentum=None.*'bn2'.*\n.*leave out example_inputs"):
+        prepare_qat(model, W8A8, example_inputs=(X,))
+
+
 def test_random_operators_that_are_not_known() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
@@ -292,7 +308,7 @@ def test_what_is_not_finite_is_named() -> None:
     train(gm, 1)
     with pytest.raises(TrainingError, match=r"the input has \d+ NaN .*'stem'"):
         gm(X * torch.nan)
-    with pytest.raises(TrainingError, match=r"gradient .*'head'"):
+    with pytest.raises(TrainingError, match=r"gradient .* the model's output"):
         (gm(X).sum() * torch.inf).backward()
     with torch.no_grad():
         gm.get_parameter("conv.weight")[0] = torch.inf

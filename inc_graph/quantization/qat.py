@@ -19,6 +19,7 @@ from inc_graph.fake_quantizer import FakeQuantizer
 from inc_graph.quantization import module_scope, qat_graph
 from inc_graph.quantization.layers import call_every_layer, leaves, own_copy
 from inc_graph.quantization.predicates import bind_predicates, layers_of
+from inc_graph.quantization.qat_guard import guard, unguard
 from inc_graph.quantization.qat_layer import (
     LayerQuantizers,
     TrainingOptions,
@@ -96,6 +97,7 @@ def prepare(
     for path, quantizers in made.items():
         put_in(model.get_submodule(path), quantizers)
     model.__dict__[_MARK] = _Facts(recipe, floats, call_every_layer(model, LayerQuantizers))
+    guard(model)
     return model
 
 
@@ -170,6 +172,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
         hint = "train it first: each training batch in train mode adds to the ranges"
         raise CalibrationError("the model has seen no training batch", hint=hint)
     modes = [(m, m.training) for m in model.modules()]
+    unguard(model)
     quantizers = {path: take_out(layer) for path, layer in layers.items()}
     prepared = model
     try:
@@ -186,6 +189,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
             module_scope.undo(prepared)
         for path, layer in layers.items():
             put_in(layer, quantizers[path])
+        guard(model)
         for module, mode in modes:
             module.training = mode
         raise

@@ -21,6 +21,7 @@ from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.predicates import bind_predicates, operators_of
+from inc_graph.quantization.qat_guard import guard, unguard
 from inc_graph.recipe import Recipe, set_recipe
 from inc_graph.report import attribute_bytes, read_graph
 from inc_graph.utils.progress import progress
@@ -39,7 +40,7 @@ def options(learn_scales: bool, freeze_after: int | None, check: bool) -> str:
 def prepare(
     model: nn.Module, recipe: Recipe, predicates: Mapping[int, Any], inplace: bool, inputs: Any, shapes: Any, how: str
 ) -> fx.GraphModule:
-    """The trainable graph of a model in train mode; its parameters are the model's, with `inplace`.
+    """The trainable graph of a model in train mode; its parameters and buffers are the model's, with `inplace`.
 
     Raises:
         CaptureError: torch.export cannot capture it.
@@ -50,6 +51,10 @@ def prepare(
         raise ConfigError("a graph keeps the mode in which it was captured", hint=hint)
     if not inplace:
         model = own_copy(model)
+    for path, module in model.named_modules():
+        if getattr(module, "running_mean", None) is not None and getattr(module, "momentum", 0.1) is None:
+            hint = "give it a momentum, such as 0.1; or leave out example_inputs"
+            raise ConfigError("momentum=None, a mean over all batches, is not known in a graph", module=path, hint=hint)
     args, kwargs = example_call(model, inputs)
     with progress("export") as step:
         step(type(model).__name__)
@@ -71,11 +76,23 @@ def prepare(
         reasons = "; ".join(list(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats))[:5])
         raise ConfigError(f"the mapping matches nothing that can be trained ({reasons})", hint="see the reasons")
     warn_prefixes(recipe, filter(None, (module_path(n) for n in gm.graph.nodes if pattern_of(n))), stacklevel=4)
+    _share_buffers(gm, model)
     remember_buffers(gm)
     refuse_pickling(gm)
     gm.meta["inc"]["bytes_before"] = before
     gm.meta["inc"]["timings"] = [list(t) for t in result.timings]
+    guard(gm)
+    gm._register_deepcopy_hook(guard)  # fx does not copy such hooks
     return gm.train()
+
+
+def _share_buffers(gm: fx.GraphModule, model: nn.Module) -> None:
+    """What the graph writes to is the model's own, as its parameters are: capture has made copies."""
+    for path, own in model.named_buffers():
+        if path not in dict(gm.named_buffers()):
+            continue
+        parent, _, name = path.rpartition(".")
+        gm.get_submodule(parent)._buffers[name] = own
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -92,4 +109,5 @@ def convert(model: nn.Module, backend: str | None) -> QuantizedModel:
     """
     gm = clone(cast(fx.GraphModule, model))
     observed = Pipeline.parse("keep-trained").run(gm).graph
+    unguard(observed)
     return finish(observed, backend)

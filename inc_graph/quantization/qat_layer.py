@@ -6,7 +6,7 @@ scales are found anew in each step (MX, weights) have no state in them.
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,8 +53,9 @@ class LayerQuantizers(nn.Module):
         self.kind, self.path = kind, path
 
     @property
-    def check(self) -> bool:
-        return any(q.check for q in (self.input, self.weight) if q is not None)
+    def checking(self) -> FakeQuantizer | None:
+        """The quantizer that speaks for the layer, where what is not finite is refused."""
+        return next((q for q in (self.input, self.weight) if q is not None and q.check), None)
 
 
 def _linear(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -88,14 +89,14 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     own: LayerQuantizers = self._modules[NAME]
     if args or kwargs:
         raise ConfigError("called with more than its input", module=own.path, hint="leave this layer float")
-    if own.input is not None:
-        x = own.input(x)
     weight = self.weight.t() if own.kind == "transposed" else self.weight
     if own.weight is not None:
-        weight = own.weight(weight)
+        weight = own.weight(weight)  # before the input, whose range is moved: it may be refused
+    if own.input is not None:
+        x = own.input(x)
     y = _RUN[own.kind](self, x, weight)
-    if own.check and not torch.compiler.is_compiling():
-        refuse_bad_gradients(y, own.path)
+    if not torch.compiler.is_compiling() and (checking := own.checking) is not None:
+        refuse_bad_gradients(y, own.path, checking.guard)
     return y
 
 
@@ -141,7 +142,7 @@ def put_in(layer: nn.Module, quantizers: LayerQuantizers) -> None:
     weight: Any = layer.weight
     quantizers.to(weight.device).train(layer.training)
     layer.add_module(NAME, quantizers)
-    layer.__dict__["forward"] = types.MethodType(_forward, layer)
+    layer.__dict__["forward"] = functools.partial(_forward, layer)  # a bound method could not be pickled
 
 
 def take_out(layer: nn.Module) -> LayerQuantizers:

@@ -107,7 +107,14 @@ def _usable(name: str) -> bool:
 
 
 def _trainable(what: OpQuant | None) -> OpQuant | None:
-    """Training finds biases itself."""
+    """Training finds biases itself.
+
+    Raises:
+        ConfigError: activations were to be smoothed, which calibration data does.
+    """
+    if what is not None and what.smooth:
+        hint = "train with StaticQuantConfig; or quantize the trained float model with SmoothQuantConfig"
+        raise ConfigError("SmoothQuant goes by calibration data, which training does not collect", hint=hint)
     return None if what is None else replace(what, bias_correction=False)
 
 
