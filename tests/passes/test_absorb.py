@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inc_graph.errors import ConfigError
 from inc_graph.passes._absorb import classes
 from inc_graph.passes._bare import forget_decisions, remove_observers
 from inc_graph.passes._channels import _reshaped
@@ -88,7 +89,12 @@ def test_what_does_not(name: str) -> None:
     found = lines(Chain(between), X)["last"]
     assert found.by == "multiplied"
     assert re.search(reason, found.detail), found.detail
-    kept = lines(Chain(between), X, how=Smoothing(alpha=0.7, folding=True))["last"]
+    folding = Smoothing(alpha=0.7, folding=True)
+    if name == "no weight":  # could never be folded
+        with pytest.raises(ConfigError, match=reason):
+            lines(Chain(between), X, how=folding)
+        return
+    kept = lines(Chain(between), X, how=folding)["last"]
     assert kept.by == "left" and kept.detail == found.detail and kept.alpha is None
 
 

@@ -252,6 +252,7 @@ def test_blocks_with_nan_or_infinity_have_no_scale(name: str) -> None:
         assert all(map(same, N.choose_qparams(x[4:], (1, -1), name, method), (scale[4:], zero_point[4:])))
         assert N.choose_qparams(x, (-1, -1), name, method)[0].isnan().all()
         back = N.fake_quantize(x, scale, zero_point, (1, -1), name)
+        assert back[4:].isfinite().all() and (back[4].sign() == x[4].sign()).all()
         codes = N.quantize(x, scale, zero_point, (1, -1), name)
         assert same(back, N.dequantize(codes, scale, zero_point, (1, -1), name))
         assert back[:4].isnan().all() and back[4:].isfinite().all()

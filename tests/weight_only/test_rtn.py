@@ -170,7 +170,8 @@ def test_search_is_never_worse(data: st.DataObject) -> None:
     scheme = data.draw(st.sampled_from(["symmetric", "asymmetric"])) if qtype in INTS else "symmetric"
     spec = QSpec(qtype, scheme, data.draw(granularities(tuple(x.shape))))
     plain, searched = RTN().solve(x, spec), RTN(search=True).solve(x, spec)
-    assert error(searched, x) <= error(plain, x) * 1.001
+    rounding = 1e-13 * float(x.double().square().sum())  # of a scale in float32, where plain is exact
+    assert error(searched, x) <= error(plain, x) * 1.001 + rounding
 
 
 @pytest.mark.parametrize(
