@@ -6,7 +6,7 @@ of 24.1 with the first, 23.8 with 0.8. So the model is run, all smoothed layers 
 
     the layers' own alphas; nothing scaled;
     one alpha for all: the middle one of these, and on from there as long as the error falls;
-    the middle between the two,
+    a quarter, a half and three quarters of the way between the two,
 
 and the least error counts. Layers that are better not scaled stay so. Static ranges are those of all calls but the one
 that is run: the stronger the scaling, the more a value counts that only one call has.
@@ -139,5 +139,7 @@ def _descend(whole: Whole) -> Alphas:
     for size in (step, step / 2):
         while (new := min((alpha, alpha - size, alpha + size), key=lambda a: whole(common(a)))) != alpha:
             alpha = new
-    whole(tuple(round((a + b) / 2, 6) for a, b in zip(own, common(alpha), strict=True)))  # type: ignore[operator]
+    for part in (0.5, 0.25, 0.75):
+        pairs = zip(own, common(alpha), strict=True)
+        whole(tuple(round(part * a + (1 - part) * b, 6) for a, b in pairs))  # type: ignore[operator]
     return min(whole.tried, key=whole.tried.__getitem__)
