@@ -20,11 +20,14 @@ import subprocess
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from inc_graph.errors import IncWarning
 
-__all__ = ["Unavailable", "load", "parallel_region"]
+__all__ = ["Unavailable", "load", "parallel_region", "runner"]
 
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 _CPU = ("-march=native", "-mcpu=native", "")  # the first that the compiler takes
@@ -151,3 +154,22 @@ def parallel_region() -> ctypes.c_void_p | None:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
     except (AttributeError, OSError):
         return None
+
+
+def runner(library: ctypes.CDLL, job: type[ctypes.Structure]) -> Callable[[ctypes.Structure], int | None]:
+    """What runs a job of a library on torch's threads: its `run(job, parallel, threads)`, and what that returns.
+
+    Raises:
+        AssertionError: `job_size()` of the library is not that of `job`.
+    """
+    library.job_size.restype = ctypes.c_int64
+    if library.job_size() != ctypes.sizeof(job):
+        raise AssertionError("the C structure is not the one that is declared here")
+    run, parallel = library.run, parallel_region()
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+
+    def go(work: ctypes.Structure) -> int | None:
+        failed: int | None = run(ctypes.byref(work), parallel, torch.get_num_threads())
+        return failed
+
+    return go

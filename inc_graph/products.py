@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inc_graph.native import load, parallel_region
+from inc_graph.native import load, runner
 
 __all__ = ["add_products", "fast_products"]
 
@@ -57,11 +57,8 @@ class Products:
     """The compiled product of bfloat16 rows."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        library.job_size.restype = _LONG
-        if library.job_size() != ctypes.sizeof(_Job):
-            raise AssertionError("the C structure is not the one that is declared here")
-        library.run.argtypes, library.run.restype = [_POINTER, _POINTER, ctypes.c_uint], None
-        self._run, self._parallel, self._width = library.run, parallel_region(), int(library.width())
+        library.run.restype = None
+        self._run, self._width = runner(library, _Job), int(library.width())
 
     @staticmethod
     def takes(rows: Tensor) -> bool:
@@ -77,7 +74,7 @@ class Products:
         panels = -(-cols // self._width)
         pairs = torch.empty(panels * -(-n // 2) * self._width, dtype=torch.int32)
         job = _Job(rows.data_ptr(), pairs.data_ptr(), total.data_ptr(), n, cols, rows.stride(0))
-        self._run(ctypes.byref(job), self._parallel, torch.get_num_threads())
+        self._run(job)
 
 
 def fast_products() -> Products | None:

@@ -23,7 +23,7 @@ from inc_graph.graph import insert_call, replace_uses, val
 from inc_graph.lowering._context import OneDnnContext
 from inc_graph.lowering._onednn import define
 from inc_graph.lowering.base import Claim
-from inc_graph.native import load, parallel_region
+from inc_graph.native import load, runner
 from inc_graph.oppattern import argument
 from inc_graph.pattern import Match, P
 
@@ -56,11 +56,7 @@ class _Kernel:
     """The library, loaded; `fast` where its vectors are the processor's."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        library.job_size.restype = _LONG
-        if library.job_size() != ctypes.sizeof(_Job):
-            raise AssertionError("the C structure is not the one that is declared here")
-        library.run.argtypes = [_POINTER, _POINTER, ctypes.c_uint]
-        self.fast, self._run, self._parallel = bool(library.vectors()), library.run, parallel_region()
+        self.fast, self._run = bool(library.vectors()), runner(library, _Job)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
         """See `_takes`; nothing is checked."""
@@ -79,7 +75,7 @@ class _Kernel:
             mask = mask if mask.stride(3) == 1 or keys == 1 else mask.contiguous()
             job.mask, job.mask_step = mask.data_ptr(), mask.stride()[:3]
             job.mask_type = 1 if mask.dtype == torch.float32 else 2
-        if self._run(ctypes.byref(job), self._parallel, threads):
+        if self._run(job):
             raise MemoryError("no memory for the keys of a head")
         return out.transpose(1, 2)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inc_graph.native import load, parallel_region
+from inc_graph.native import load, runner
 from inc_graph.qtypes import get_qtype
 
 __all__ = ["TYPES", "Passes", "passes"]
@@ -48,11 +48,7 @@ class Passes:
     """The library, loaded. Tensors are on the CPU, of the dtypes in `TYPES`; nothing is checked."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        library.job_size.restype = _LONG
-        if library.job_size() != ctypes.sizeof(_Job):
-            raise AssertionError("the C structure is not the one that is declared here")
-        library.run.argtypes = [_POINTER, _POINTER, ctypes.c_uint]
-        self._run, self._parallel = library.run, parallel_region()
+        self._run = runner(library, _Job)
 
     def quantize(self, x: Tensor, qtype: str, symmetric: bool, per_row: bool) -> tuple[Tensor, Tensor]:
         """x [rows, cols] with dense rows -> (codes uint8 [rows, cols], scale and zero point float32 [2, rows or 1])."""
@@ -120,7 +116,7 @@ class Passes:
 
     def _go(self, job: _Job, stage: int) -> None:
         job.stage = stage
-        if self._run(ctypes.byref(job), self._parallel, torch.get_num_threads()):
+        if self._run(job):
             raise MemoryError("no memory for two rows of a layer")
 
 

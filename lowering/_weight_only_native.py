@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inc_graph.native import load, parallel_region
+from inc_graph.native import load, runner
 from inc_graph.qtypes import QType
 
 __all__ = ["Kernels", "kernels"]
@@ -54,11 +54,7 @@ class Kernels:
     """The library, loaded. Every method checks nothing: `takes` says what may be handed in."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        library.job_size.restype = _LONG
-        if library.job_size() != ctypes.sizeof(_Job):
-            raise AssertionError("the C structure is not the one that is declared here")
-        library.run.argtypes = [_POINTER, _POINTER, ctypes.c_uint]
-        self._run, self._parallel = library.run, parallel_region()
+        self._run = runner(library, _Job)
         self.max_rows = int(library.max_rows())
         self.bf16_rows = bool(library.bf16_rows())
         """Whether few bfloat16 rows are multiplied as such; in float32 else."""
@@ -117,7 +113,7 @@ class Kernels:
         return out
 
     def _go(self, job: _Job) -> None:
-        if self._run(ctypes.byref(job), self._parallel, torch.get_num_threads()):
+        if self._run(job):
             raise MemoryError("no memory for the scales of a few rows of a weight")
 
     def _job(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from inc_graph.native import load, parallel_region
+from inc_graph.native import load, runner
 from inc_graph.numerics import MAX_BOUND, MIN_SCALE
 from inc_graph.passes.qparams._levels import Levels
 
@@ -18,6 +19,7 @@ __all__ = ["BLOCK", "ColumnKernels", "column_kernels"]
 BLOCK = 128
 """Columns of a block: what is done beyond it is a matrix product of torch's, which is faster."""
 
+Run = Callable[[ctypes.Structure], int | None]
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -43,9 +45,9 @@ class ColumnKernels:
     """
 
     def __init__(
-        self, library: ctypes.CDLL, levels: Levels, k: Tensor, scale: Tensor, zero: Tensor | None, group: list[int]
+        self, run: Run, levels: Levels, k: Tensor, scale: Tensor, zero: Tensor | None, group: list[int]
     ) -> None:
-        self._run, self._parallel = library.run, parallel_region()
+        self._run = run
         self._group = torch.tensor(group, dtype=torch.int32)
         self._kept = k, scale, zero
         low, high = (0.0, 0.0) if levels.asymmetric else (levels.low, levels.high)
@@ -94,7 +96,7 @@ class ColumnKernels:
         result = torch.empty(b - a, w.shape[1])
         job = self._job
         job.w, job.m, job.result, job.a, job.b = w.data_ptr(), m.data_ptr(), result.data_ptr(), a, b
-        if self._run(ctypes.byref(job), self._parallel, torch.get_num_threads()):
+        if self._run(job):
             raise MemoryError("no memory for some columns of a weight")
         return result
 
@@ -105,19 +107,15 @@ def column_kernels(
     """The kernels for a weight; None if its format is not an integer, it is not on the CPU, or there is no compiler."""
     if not levels.qtype.is_int or k.device.type != "cpu":
         return None
-    library = _library()
-    return None if library is None else ColumnKernels(library, levels, k, scale, zero, group)
+    run = _runner()
+    return None if run is None else ColumnKernels(run, levels, k, scale, zero, group)
 
 
-def _library() -> ctypes.CDLL | None:
+def _runner() -> Run | None:
     library = load(Path(__file__).with_name("_columns.c"))
-    return None if library is None else _declared(library)
+    return None if library is None else _of(library)
 
 
 @functools.cache
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.job_size.restype = _LONG
-    if library.job_size() != ctypes.sizeof(_Job):
-        raise AssertionError("the C structure is not the one that is declared here")
-    library.run.argtypes = [_POINTER, _POINTER, ctypes.c_uint]
-    return library
+def _of(library: ctypes.CDLL) -> Run:
+    return runner(library, _Job)
