@@ -32,7 +32,7 @@ __all__ = [
     "editing", "erase_dead", "fake_call", "get_attr", "get_level", "get_tensor", "inc_meta", "insert_call",
     "insert_get_attr", "insert_module", "is_contiguous", "is_float", "module_path", "module_type", "mutated_attrs",
     "peek_meta", "replace_uses", "set_level", "set_module", "set_tensor", "shape", "storage_key", "take_fuel",
-    "unique_name", "users_of", "val", "written_args",
+    "unique_name", "users_of", "val", "view_key", "written_args",
 ]  # fmt: skip
 
 LEVELS = ("float", "annotated", "observed", "trainable", "qdq", "lowered")
@@ -233,6 +233,11 @@ def set_module(gm: fx.GraphModule, name_hint: str, module: nn.Module) -> str:
     name = unique_name(gm, name_hint)
     gm.add_module(name, module)
     return name
+
+
+def view_key(tensor: torch.Tensor) -> Any:
+    """Equal for tensors that are the same part of the same memory, read in the same order."""
+    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def storage_key(tensor: torch.Tensor) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from inc_graph.graph import get_tensor, insert_get_attr, replace_uses, set_tensor, storage_key
+from inc_graph.graph import get_tensor, insert_get_attr, replace_uses, set_tensor, view_key
 from inc_graph.oppattern import argument, pattern_of
 from inc_graph.passes._place import Maker, stamp
 from inc_graph.passes._smooth_sites import Group, Site, weight_index
@@ -25,11 +25,14 @@ aten = torch.ops.aten
 
 @dataclass
 class _Factors:
-    """What one reader's constant is to be multiplied by, and a key that is equal for equal factors."""
+    """What one reader's constant is to be multiplied by, for which sites, and a key that is equal for equal factors; in
+    the end the constant's memory, and the attribute that holds the product."""
 
     parts: list[Tensor] = field(default_factory=list)
     key: tuple[Any, ...] = ()
+    sites: list[Site] = field(default_factory=list)
     memory: Any = None
+    attr: str = ""
 
 
 class Edits:
@@ -41,7 +44,6 @@ class Edits:
         self.takers: dict[Site, list[fx.Node]] = {}
         self.copied: dict[Site, list[str]] = {}
         self.parted: dict[Site, list[str]] = {}  # what other readers read as it was, or scaled otherwise
-        self._own: dict[tuple[fx.Node, fx.Node], list[Site]] = {}
 
     def add(self, group: Group) -> None:
         """Scale the inputs of the layers of a group, by its scale."""
@@ -75,8 +77,8 @@ class Edits:
         key: Any,
         of: Callable[[Tensor], Tensor],
     ) -> None:
-        self._own.setdefault((reader, constant), []).append(site)
         found = self.factors.setdefault((reader, constant), _Factors())
+        found.sites.append(site)
         found.parts.append(of(wide)[index])
         found.key += (key, tuple(index.shape), index.contiguous().numpy().tobytes())
 
@@ -103,8 +105,8 @@ class Edits:
         versions: dict[Any, list[tuple[str, fx.Node]]] = {}  # of a tensor: attribute and reader
         for (reader, constant), factors in self.factors.items():
             tensor = get_tensor(self.gm, constant)
-            memory = (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-            key = (memory, factors.key)
+            factors.memory = view_key(tensor)
+            key = (factors.memory, factors.key)
             if key not in made:
                 with torch.no_grad():
                     new = tensor.detach().double()
@@ -114,15 +116,14 @@ class Edits:
                 held = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
                 made[key] = set_tensor(self.gm, f"{constant.target}_smooth", held, not isinstance(held, nn.Parameter))
             replace_uses(constant, insert_get_attr(self.gm, reader, made[key]), only=[reader])
-            factors.memory = memory
-            versions.setdefault(memory, []).append((made[key], reader))
+            factors.attr = made[key]
+            versions.setdefault(factors.memory, []).append((factors.attr, reader))
         for (_, constant), factors in self.factors.items():
             known = {reader for _, reader in versions[factors.memory]}
             versions[factors.memory] += [("", user) for user in constant.users if user not in known]
-        for (reader, constant), factors in self.factors.items():
-            own = next(name for name, other in versions[factors.memory] if other is reader)
-            other = next((other for name, other in versions[factors.memory] if name != own), None)
+        for (_, constant), factors in self.factors.items():
+            other = next((other for attr, other in versions[factors.memory] if attr != factors.attr), None)
             if other is not None:
-                for site in self._own[reader, constant]:
+                for site in factors.sites:
                     text = f"copy of {constant.target}, which {other.name} reads too"
                     self.parted.setdefault(site, []).append(text)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from inc_graph.channel_stats import ChannelObserver
-from inc_graph.graph import get_attr, get_tensor, peek_meta, storage_key
+from inc_graph.graph import get_attr, get_tensor, peek_meta, view_key
 from inc_graph.oppattern import argument, pattern_of
 from inc_graph.passes._absorb import Plan, Producers, classes
 from inc_graph.smoothing import Smoothing
@@ -187,5 +187,4 @@ def _weights(gm: fx.GraphModule, site: Site) -> list[Any]:
 
 
 def _memory(gm: fx.GraphModule, read: fx.Node) -> Any:
-    tensor = get_tensor(gm, read)
-    return storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return view_key(get_tensor(gm, read))

@@ -32,7 +32,7 @@ from inc_graph.graph import (
     peek_meta,
     replace_uses,
     set_level,
-    storage_key,
+    view_key,
 )
 from inc_graph.in_sequence import IN_SEQUENCE, InSequence
 from inc_graph.oppattern import argument, pattern_of, set_arguments
@@ -183,7 +183,7 @@ def _weight(state: _State, layer: fx.Node) -> None:
     annotation.pop("mean", None)
     gram = annotation.pop("gram", None)
     tensor = get_tensor(state.gm, read)
-    memory = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+    memory = view_key(tensor)
     trained = state.gm.meta.get(TRAINED, {}).get(layer.name)
     own = None if trained is None else layer.name  # a learned scale is one layer's
     identity = (memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"], own)

@@ -27,9 +27,9 @@ from inc_graph.graph import (
     mutated_attrs,
     peek_meta,
     replace_uses,
-    storage_key,
     take_fuel,
     val,
+    view_key,
 )
 from inc_graph.passes._halves import Halves, cast_of, decide_halves, is_indifferent
 from inc_graph.passes._place import Maker
@@ -152,7 +152,7 @@ class _Rewrite:
 
     def _stored(self, read: fx.Node, dtype: torch.dtype, saturates: bool = False) -> fx.Node:
         tensor = get_tensor(self.gm, read).detach()
-        key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), dtype, saturates)
+        key = (view_key(tensor), dtype, saturates)
         if key not in self.weights:
             if saturates:
                 info = torch.finfo(dtype)

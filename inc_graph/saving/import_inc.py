@@ -27,7 +27,7 @@ from inc_graph.graph import (
     replace_uses,
     set_level,
     set_tensor,
-    storage_key,
+    view_key,
 )
 from inc_graph.ops import DEQUANTIZE, UNPACK
 from inc_graph.packing import pack
@@ -262,7 +262,7 @@ def _state(state: dict[str, Tensor], tensors: TensorWriter) -> list[dict[str, An
     """Records of the other tensors. A state_dict does not say which are parameters: those that look like it are."""
     groups: dict[Any, list[str]] = {}
     for path, tensor in state.items():
-        place = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = (view_key(tensor), tensor.dtype)
         groups.setdefault(place, []).append(path)
     tensors.expect(state[paths[0]] for paths in groups.values())
     entries = []
