@@ -16,6 +16,7 @@ values, integers are taken for a mask or a position. A rule that names an operat
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from inc_graph.passes._precision import tensor_limits
 from inc_graph.recipe import OpQuant
 from inc_graph.spec import PerBlock, PerChannel, PerGroup, QSpec
 
-__all__ = ["DATA", "INTEGERS", "PARAMETER", "Facts", "kinds", "useless", "weight_spec"]
+__all__ = ["DATA", "INTEGERS", "PARAMETER", "Facts", "kinds", "useless", "varying", "weight_spec"]
 
 DATA, PARAMETER, INTEGERS = "data", "parameter", "integers"
 _SAMPLES = (torch.uint8, torch.int8, torch.int16)
@@ -44,9 +45,11 @@ class Facts:
     gm: fx.GraphModule
     mutated: set[str] = field(init=False)
     kinds: dict[fx.Node, str] = field(init=False)
+    varying: set[fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
         self.mutated, self.kinds = mutated_attrs(self.gm), kinds(self.gm)
+        self.varying = varying(self.kinds)
 
     def bad_inputs(self, pattern: OpPattern, node: fx.Node, spec: QSpec | None, named: bool = False) -> str | None:
         """Whether the inputs of `node` may be quantized as `spec` says; None leaves them as they are.
@@ -83,8 +86,7 @@ class Facts:
         """Whether `node` may compute in half precision: it and its weight are float32, and what is stored fits."""
         if getattr(val(node), "dtype", None) != torch.float32:
             return f"its result is {getattr(val(node), 'dtype', 'not one tensor')}, not float32"
-        varying = {n: k for n, k in self.kinds.items() if k in (DATA, INTEGERS)}
-        return self.bad_weight(pattern, node, None) or tensor_limits(self.gm, node, half, varying, self.mutated)
+        return self.bad_weight(pattern, node, None) or tensor_limits(self.gm, node, half, self.varying, self.mutated)
 
     def bad_weight(self, pattern: OpPattern, node: fx.Node, spec: QSpec | None) -> str | None:
         """Whether the weight of `node`, if it has one, may be quantized as `spec` says."""
@@ -184,6 +186,11 @@ def kinds(gm: fx.GraphModule) -> dict[fx.Node, str]:
         if (kind := _kind(gm, node, found)) is not None:
             found[node] = kind
     return found
+
+
+def varying(kinds: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """The nodes that depend on inputs of the model."""
+    return {node for node, kind in kinds.items() if kind in (DATA, INTEGERS)}
 
 
 def _kind(gm: fx.GraphModule, node: fx.Node, found: dict[fx.Node, str]) -> str | None:

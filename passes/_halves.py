@@ -20,7 +20,7 @@ from inc_graph.graph import get_tensor, module_path, module_type, mutated_attrs,
 from inc_graph.oppattern import Named, argument, named, pattern_of
 from inc_graph.ops import is_dequantize, is_quantize
 from inc_graph.passes._cut import minimum_cut
-from inc_graph.passes._eligible import DATA, INTEGERS, PARAMETER, kinds
+from inc_graph.passes._eligible import DATA, PARAMETER, kinds, varying
 from inc_graph.passes._precision import FLOAT, FOLLOW, HALF, class_of, limits, tensor_limits
 from inc_graph.recipe import Recipe, claims, decide
 
@@ -77,7 +77,7 @@ class _State:
     recipe: Recipe | None
     dtype: torch.dtype | None
     kinds: dict[fx.Node, str] = field(init=False)
-    varying: dict[fx.Node, str] = field(init=False)  # those that depend on inputs
+    varying: set[fx.Node] = field(init=False)
     written: set[str] = field(init=False)
     fixed: dict[fx.Node, torch.dtype] = field(default_factory=dict)  # HALF operators and what their kernels do besides
     wishes: dict[fx.Node, torch.dtype | None] = field(default_factory=dict)  # FOLLOW: the one dtype it may have
@@ -87,7 +87,7 @@ class _State:
 
     def __post_init__(self) -> None:
         self.kinds, self.written = kinds(self.gm), mutated_attrs(self.gm)
-        self.varying = {n: k for n, k in self.kinds.items() if k in (DATA, INTEGERS)}
+        self.varying = varying(self.kinds)
 
     def unit(self, node: fx.Node) -> fx.Node:
         """The operator that a node is a result of."""

@@ -13,7 +13,7 @@ go to float32 because one of their inputs is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def limits(node: fx.Node, dtype: torch.dtype) -> str | None:
 
 
 def tensor_limits(
-    gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, varying: Mapping[fx.Node, str], written: Collection[str]
+    gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, varying: Collection[fx.Node], written: Collection[str]
 ) -> str | None:
     """Why the stored tensors that a call reads, as they are or moved, do not fit half precision; None if they do.
 
@@ -113,7 +113,7 @@ def is_mask(reader: fx.Node, value: fx.Node) -> bool:
     return attention and reader.args[3:4] == (value,) and value not in reader.args[:3]
 
 
-def _constants(node: fx.Node, varying: Mapping[fx.Node, str]) -> Iterator[fx.Node]:
+def _constants(node: fx.Node, varying: Collection[fx.Node]) -> Iterator[fx.Node]:
     """The float tensors of the graph module that the inputs of a call are made of."""
     open_ = [n for n in reversed(node.all_input_nodes) if is_float(n) and not is_mask(node, n)]
     seen = set(open_)

@@ -88,11 +88,11 @@ def prepare(
 
 def _share_buffers(gm: fx.GraphModule, model: nn.Module) -> None:
     """What the graph writes to is the model's own, as its parameters are: capture has made copies."""
+    copies = dict(gm.named_buffers())
     for path, own in model.named_buffers():
-        if path not in dict(gm.named_buffers()):
-            continue
-        parent, _, name = path.rpartition(".")
-        gm.get_submodule(parent)._buffers[name] = own
+        if path in copies:
+            parent, _, name = path.rpartition(".")
+            gm.get_submodule(parent)._buffers[name] = own
 
 
 def is_prepared(model: nn.Module) -> bool:
