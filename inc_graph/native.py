@@ -1,9 +1,9 @@
 """C sources that come with the package, compiled on the machine that runs them, once.
 
 The compiler is ``$CC``, or the first of cc, gcc and clang. What it makes lies in ``$XDG_CACHE_HOME/inc_graph/native``
-(``~/.cache``), named after the source, the compiler, its options and the processor; it gets there by one rename, so
-that processes that start together do not see halves. Where that folder cannot be written, a folder of this process
-serves. ``INC_NATIVE=0`` switches compiled code off. Whoever calls must be able to do without.
+(``~/.cache``), named after the source with what it includes, the compiler, its options and the processor; it gets there
+by one rename, so that processes that start together do not see halves. Where that folder cannot be written, a folder of
+this process serves. ``INC_NATIVE=0`` switches compiled code off. Whoever calls must be able to do without.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -128,8 +129,18 @@ def _key(source: Path, compiler: list[str]) -> str:
         stamp = (str(found), found.stat().st_size, found.stat().st_mtime_ns)
     except OSError:
         stamp = (str(found), 0, 0)
-    facts = (source.read_bytes(), compiler[1:], stamp, _FLAGS, _CPU, _processor())
+    facts = (_text(source), compiler[1:], stamp, _FLAGS, _CPU, _processor())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def _text(source: Path) -> list[bytes]:
+    """What the compiler reads: the file, and the files beside it that it includes."""
+    try:
+        text = source.read_bytes()
+    except OSError as e:
+        raise Unavailable(f"a part of the package is missing: {e}") from e
+    named = re.findall(rb'^#include "([^"]+)"', text, re.MULTILINE)
+    return [text, *(part for name in named for part in _text(source.parent / name.decode()))]
 
 
 @functools.cache

@@ -4,6 +4,7 @@ The tensors are those of the Q-DQ graph: packed codes, scales, zero points. Noth
 them. Which way a linear layer is computed is chosen by its rows when it runs:
 
 * few rows: one pass over the codes (`_weight_only.c`), sums in float32;
+* some, in bfloat16: eight output channels at a time become values in the first cache, and all rows pass by;
 * many: some hundred output channels at a time become bfloat16 (or float32) values in a buffer that stays in the cache,
   and torch multiplies with that;
 * without compiled code, on another device, or in float16 and float64: torch operators make those values.
@@ -32,7 +33,9 @@ from inc_graph.qtypes import QType, get_qtype
 __all__ = ["dequantize_weight", "fast_dtype", "lookup", "taken", "weight_only_linear"]
 
 FEW = 16
-"""Rows up to which the codes are read once and no value is ever written: more are faster with a matrix product."""
+"""Rows up to which the codes are read once and no value is ever written."""
+SOME = 1024
+"""Rows up to which the compiled product in bfloat16 is faster than torch's: with more, x leaves the second cache."""
 _BUFFER = 4 << 20  # bytes of values at a time: a part of the last cache
 
 taken: Counter[str] = Counter()
@@ -86,11 +89,12 @@ def _linear(
     native = kernels() if compute_dtype in (torch.bfloat16, torch.float32) else None
     if native is not None and not native.takes(qt, flat, codes, scale, zero_point):
         native = None
-    if native is not None and flat.shape[0] <= FEW:
-        taken["few rows"] += 1
-        kind = torch.bfloat16 if compute_dtype == torch.bfloat16 and native.bf16_rows else torch.float32
+    narrow = native is not None and native.bf16_rows and compute_dtype == torch.bfloat16
+    if native is not None and flat.shape[0] <= (SOME if narrow else FEW):
+        taken["few rows" if flat.shape[0] <= FEW else "some rows"] += 1
+        kind = torch.bfloat16 if narrow else torch.float32
         wanted = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
-        y = native.few_rows(flat.to(kind).contiguous(), codes, scale, zero_point, bias, block, qt, wanted).to(x.dtype)
+        y = native.multiply(flat.to(kind).contiguous(), codes, scale, zero_point, bias, block, qt, wanted).to(x.dtype)
     else:
         taken["many rows" if native is not None else "torch"] += 1
         inputs = flat.to(compute_dtype).contiguous()

@@ -1,4 +1,4 @@
-"""The compiled kernels of weight-only layers: `_weight_only.c`, called with the addresses of tensors."""
+"""The compiled kernels of weight-only layers: `_weight_only.c` and `.h`, called with the addresses of tensors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Kernels:
         self._run = runner(library, _Job)
         self.max_rows = int(library.max_rows())
         self.bf16_rows = bool(library.bf16_rows())
-        """Whether few bfloat16 rows are multiplied as such; in float32 else."""
+        """Whether bfloat16 rows are multiplied as such."""
 
     @staticmethod
     def takes(qtype: QType, *tensors: Tensor | None) -> bool:
@@ -85,7 +85,7 @@ class Kernels:
         self._go(job)
         del keep
 
-    def few_rows(
+    def multiply(
         self,
         x: Tensor,
         codes: Tensor,
@@ -96,18 +96,20 @@ class Kernels:
         qtype: QType,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        """`x @ W.T + bias`: x float32 (or bfloat16, see `bf16_rows`) [m, cols], dense, m at most `max_rows`.
+        """`x @ W.T + bias`: x [m, cols], dense; bfloat16 (if `bf16_rows`), or float32 of at most `max_rows` rows.
 
         Returns [m, rows] of `out_dtype`, float32 or bfloat16. Sums are float32.
         """
-        rows = codes.shape[0]
-        out = torch.empty(x.shape[0], rows, dtype=out_dtype)
+        rows, m = codes.shape[0], x.shape[0]
+        out = torch.empty(m, rows, dtype=out_dtype)
         job, keep = self._job(codes, scale, zero_point, block, qtype, rows, x.shape[1])
         if bias is not None:
             bias = bias.to(torch.float32).contiguous()
             job.bias = bias.data_ptr()
-        job.out, job.out_type, job.out_stride, job.step = out.data_ptr(), _TYPES[out_dtype], rows, 32
-        job.x, job.x_type, job.m = x.data_ptr(), _TYPES[x.dtype], x.shape[0]
+        job.out, job.out_type, job.out_stride = out.data_ptr(), _TYPES[out_dtype], rows
+        # The more rows x has, the more often it is read: once for each `step` rows of the weight.
+        job.step = min(128, max(8, rows // 64 * 8)) if m > 128 else 32
+        job.x, job.x_type, job.m = x.data_ptr(), _TYPES[x.dtype], m
         self._go(job)
         del keep
         return out

@@ -64,10 +64,25 @@ def test_compiled_once_and_found_again(fresh: Path, monkeypatch: pytest.MonkeyPa
 def test_another_source_or_compiler_is_another_file(fresh: Path, tmp_path: Path) -> None:
     changed = tmp_path / SOURCE.name
     changed.write_bytes(SOURCE.read_bytes() + b"\n")
+    shutil.copy(SOURCE.with_suffix(".h"), tmp_path)
     compiler = native._compiler()
     keys = {native._key(SOURCE, compiler), native._key(changed, compiler), native._key(SOURCE, [*compiler, "-g"])}
     assert len(keys) == 3
     assert native._key(SOURCE, compiler) in keys
+
+
+@needs_compiler
+def test_another_included_file_is_another_file(tmp_path: Path) -> None:
+    keys = []
+    for text in ("int two(void) { return 2; }", "int two(void) { return 3; }"):
+        (tmp_path / "part.h").write_text(text)
+        source = tmp_path / "whole.c"
+        source.write_text('#include <stdint.h>\n#include "part.h"\n')
+        keys.append(native._key(source, native._compiler()))
+    assert keys[0] != keys[1]
+    (tmp_path / "part.h").unlink()
+    with pytest.raises(native.Unavailable, match=r"part\.h"):
+        native._key(source, native._compiler())
 
 
 @needs_compiler
@@ -157,5 +172,5 @@ def test_the_portable_code_gives_the_same(fresh: Path, monkeypatch: pytest.Monke
             full.unpack(a, *args)
             plain.unpack(b, *args)
             assert torch.equal(a, b)
-        y = [k.few_rows(x, codes, scale, None, None, [1, 32], args[4], torch.float32) for k in (full, plain)]
+        y = [k.multiply(x, codes, scale, None, None, [1, 32], args[4], torch.float32) for k in (full, plain)]
         torch.testing.assert_close(*y, rtol=1e-5, atol=1e-4)

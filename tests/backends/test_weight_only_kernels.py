@@ -35,6 +35,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield request.param
 
 
+_native = kernels()
+NARROW = _native is not None and _native.bf16_rows
+"""Whether rows in bfloat16 have a compiled product of their own."""
+
+
 class Weight:
     """A random weight in a format; asymmetric ones have zero points off the middle."""
 
@@ -127,7 +132,26 @@ def test_linear_is_the_product_with_the_values(qtype: str, way: str) -> None:
             x = torch.randn(m, shape[1], generator=generator).to(dtype)
             bias = torch.randn(shape[0], generator=generator).to(dtype) if (i + m) % 2 else None
             check(w, x, bias, torch.float32 if i % 2 else torch.bfloat16)
-    assert set(wo.taken) == ({"few rows", "many rows"} if way == "native" else {"torch"})
+    ways = {"few rows", "many rows"} | ({"some rows"} if NARROW else set())
+    assert set(wo.taken) == (ways if way == "native" else {"torch"})
+
+
+@pytest.mark.parametrize("m", [wo.FEW + 1, wo.FEW + 2, 33, 129, 257, 514, wo.SOME, wo.SOME + 1])
+@pytest.mark.parametrize("qtype, shape, block", [
+    ("int4", (37, 160), (1, 32)), ("uint4", (8, 2100), (1, 64)), ("int8", (300, 1024), (1, -1)),
+    ("int3", (5, 33), (1, -1)), ("nf4", (131, 1056), (1, 32)), ("int4", (40, 96), (8, 1)),
+])  # fmt: skip
+def test_some_rows_of_any_number(m: int, qtype: str, shape: tuple[int, int], block: tuple[int, int]) -> None:
+    """Tiles of three rows by eight, blocks of 256 rows by 1024 columns, and what is left of each."""
+    wo.taken.clear()
+    generator = torch.Generator().manual_seed(m)
+    w = Weight(shape, qtype, block, torch.uint8 if qtype == "uint4" else None, torch.float16)
+    bias = torch.randn(shape[0], generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(m, shape[1], generator=generator)
+        check(w, x.to(dtype), bias.to(dtype), torch.bfloat16)
+    way = "some rows" if NARROW and m <= wo.SOME else "many rows" if _native is not None else "torch"
+    assert wo.taken == {way: 2}
 
 
 @pytest.mark.parametrize("zero", [torch.uint8, torch.int32, torch.float32])
@@ -165,22 +189,23 @@ def test_leading_dimensions_strides_and_empty_inputs(way: str) -> None:
 def test_nan_beside_a_row_does_not_leak_into_it(way: str) -> None:
     """Rows of 33 columns: a vector that reads past the end of one would meet the next."""
     w = Weight((8, 33), "int4", (1, -1))
-    x = torch.ones(3, 33)
-    x[1] = torch.nan
-    for compute in (torch.float32, torch.bfloat16):
-        y = w.linear(x, None, compute)
-        assert y[1].isnan().all() and y[[0, 2]].isfinite().all() and torch.equal(y[0], y[2])
+    for m in (3, wo.FEW + 5):
+        x = torch.ones(m, 33)
+        x[1] = torch.nan
+        for compute in (torch.float32, torch.bfloat16):
+            y = w.linear(x, None, compute)
+            assert y[1].isnan().all() and y[[0, *range(2, m)]].isfinite().all() and torch.equal(y[0], y[2])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_result_does_not_depend_on_the_number_of_threads(threads: int) -> None:
     w = Weight((515, 256), "int4", (1, 32))
     before = torch.get_num_threads()
-    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
-    expected = w.linear(x)
+    inputs = [torch.randn(m, 256, generator=torch.Generator().manual_seed(0)) for m in (3, 140)]
+    expected = [w.linear(x, None, torch.bfloat16) for x in inputs]
     try:
         torch.set_num_threads(threads)
-        assert torch.equal(w.linear(x), expected)
+        assert all(torch.equal(w.linear(x, None, torch.bfloat16), y) for x, y in zip(inputs, expected, strict=True))
     finally:
         torch.set_num_threads(before)
 
