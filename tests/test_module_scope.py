@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -332,6 +333,39 @@ def test_layers_that_cannot_be_a_leaf_say_why() -> None:
         "attn": "only Linear, Conv and Embedding are quantized layer by layer",  # its in_proj_weight
     }
     assert reasons.items() <= {line.module: line.detail for line in q.report.floats}.items()
+
+
+class Written(nn.Linear):
+    """As Falcon's: the forward of `nn.Linear` in other words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Adapted(Written):
+    """An adapter that gives nothing yet: the numbers are those of a linear layer, and it is none."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.down, self.up = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.zeros(sizes[1], 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class Scaled(Written):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.01
+
+
+def test_a_linear_layer_in_other_words_is_one() -> None:
+    layers = OrderedDict(a=Written(8, 16), b=Written(16, 16, bias=False), c=Adapted(16, 16), d=Scaled(16, 4))
+    model, x = nn.Sequential(layers).eval(), torch.randn(5, 8)
+    q = quantize(model, CONFIG, lambda m: m(x))
+    assert close(model(x), q(x)) and modules(q) == {"a", "b"} and isinstance(q.a, nn.Linear)
+    kept = {line.module: line.detail for line in q.report.floats}
+    assert kept == {n: f"its class {type(layers[n]).__name__} has a forward of its own" for n in "cd"}
 
 
 def test_a_layer_that_cannot_be_captured_stays_float(monkeypatch: pytest.MonkeyPatch) -> None:

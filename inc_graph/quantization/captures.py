@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from inc_graph.capture import capture
 from inc_graph.errors import CaptureError
 from inc_graph.graph import clone
+from inc_graph.quantization.leaf import is_plain_linear
 
 __all__ = ["Captures"]
 
@@ -81,8 +82,10 @@ def _resized(gm: fx.GraphModule, module: nn.Module) -> fx.GraphModule | None:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """The module without the user's hooks, which are no part of the layer; same tensors."""
+    """The module without the hooks of its user, which are no part of the layer, and as `nn.Linear` if it is one."""
     bare = copy.copy(module)
+    if is_plain_linear(module):
+        bare.__class__ = nn.Linear
     for name, value in vars(module).items():
         if "_hooks" in name and isinstance(value, dict):
             bare.__dict__[name] = type(value)()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from inc_graph.quantization.branches import stays_float
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.read_only import ReadOnly
 
-__all__ = ["Form", "Leaf", "form_of", "is_layer", "unfit"]
+__all__ = ["Form", "Leaf", "form_of", "is_layer", "is_plain_linear", "unfit"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Embedding, *_CONVS)
@@ -41,7 +42,7 @@ def unfit(module: nn.Module, parent: nn.Module | None) -> str | None:
         return "MultiheadAttention reads its weight and never calls it"
     kind = next((c for c in _LAYERS if isinstance(module, c)), None)
     own = type(module).forward is not kind.forward if kind else type(module).__name__ != "Conv1D"
-    if own or "forward" in vars(module):
+    if "forward" in vars(module) or (own and not is_plain_linear(module)):
         return f"its class {type(module).__name__} has a forward of its own"
     weight = module.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -55,6 +56,33 @@ def unfit(module: nn.Module, parent: nn.Module | None) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return "max_norm changes its weight at each call"
     return None
+
+
+@torch.no_grad()
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a class derived from `nn.Linear` writes its forward anew, and it is that of `nn.Linear`, as Falcon's is.
+
+    It has nothing but a weight and a bias, takes one argument, and agrees on numbers that are tried.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    tensors = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    arguments = inspect.signature(type(module).forward).parameters.values()
+    one = len(arguments) == 2 and all(a.kind == a.POSITIONAL_OR_KEYWORD for a in arguments)
+    weight = module.weight
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
+    if not (one and plain and tensors <= {"weight", "bias"}) or any(True for _ in module.children()):
+        return False
+    x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, weight.dtype)
+    want = nn.functional.linear(x, weight, module.bias)
+    try:
+        got = type(module).forward(module, x)
+    except Exception:  # it may want anything
+        return False
+    slack = 16 * torch.finfo(weight.dtype).eps * float(want.abs().max())
+    same = isinstance(got, Tensor) and got.shape == want.shape and got.dtype == want.dtype
+    return same and bool(((got - want).abs() <= slack).all())
 
 
 @dataclass(frozen=True)
