@@ -94,16 +94,19 @@ def _linear(
         taken["few rows" if flat.shape[0] <= FEW else "some rows"] += 1
         kind = torch.bfloat16 if narrow else torch.float32
         wanted = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
-        y = native.multiply(flat.to(kind).contiguous(), codes, scale, zero_point, bias, block, qt, wanted).to(x.dtype)
+        y = torch.empty(*x.shape[:-1], rows, dtype=wanted)
+        native.multiply(y.view(-1, rows), flat.to(kind).contiguous(), codes, scale, zero_point, bias, block, qt)
     else:
         taken["many rows" if native is not None else "torch"] += 1
         inputs = flat.to(compute_dtype).contiguous()
         shift = None if bias is None else bias.to(compute_dtype)
-        y = _by_parts(inputs, codes, scale, zero_point, shift, block, qt, native, x.dtype)
-    return y.reshape(*x.shape[:-1], rows)
+        y = x.new_empty(*x.shape[:-1], rows)
+        _by_parts(y.view(-1, rows), inputs, codes, scale, zero_point, shift, block, qt, native)
+    return y.to(x.dtype)  # no view: what is one must not be changed in place when gradients are wanted
 
 
 def _by_parts(
+    out: Tensor,
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -112,13 +115,11 @@ def _by_parts(
     block: Sequence[int],
     qt: QType,
     native: Kernels | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+) -> None:
     rows, cols = codes.shape[0], x.shape[1]
     height = rows if block[0] < 0 else block[0]
     step = max(1, _BUFFER // (height * max(cols, 1) * x.element_size())) * height  # whole blocks
     buffer = _buffer(min(step, rows), cols, x.dtype) if native is not None else None
-    out = x.new_empty(x.shape[0], rows, dtype=out_dtype)
     for r in range(0, rows, step):
         part = slice(r, min(r + step, rows))
         above = slice(r // height, -(-part.stop // height))
@@ -129,7 +130,6 @@ def _by_parts(
         else:
             weight = _values(codes[part], scale[above], zero, block, qt, (part.stop - r, cols), x.dtype)
         out[:, part] = F.linear(x, weight, None if bias is None else bias[part])
-    return out
 
 
 _spare = threading.local()

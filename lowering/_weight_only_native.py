@@ -87,6 +87,7 @@ class Kernels:
 
     def multiply(
         self,
+        out: Tensor,
         x: Tensor,
         codes: Tensor,
         scale: Tensor,
@@ -94,25 +95,23 @@ class Kernels:
         bias: Tensor | None,
         block: Sequence[int],
         qtype: QType,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        """`x @ W.T + bias`: x [m, cols], dense; bfloat16 (if `bf16_rows`), or float32 of at most `max_rows` rows.
+    ) -> None:
+        """`x @ W.T + bias` into `out`. Sums are float32.
 
-        Returns [m, rows] of `out_dtype`, float32 or bfloat16. Sums are float32.
+        out [m, rows], float32 or bfloat16, and x [m, cols] are dense; x is bfloat16 (if `bf16_rows`), or float32 of at
+        most `max_rows` rows.
         """
         rows, m = codes.shape[0], x.shape[0]
-        out = torch.empty(m, rows, dtype=out_dtype)
         job, keep = self._job(codes, scale, zero_point, block, qtype, rows, x.shape[1])
         if bias is not None:
             bias = bias.to(torch.float32).contiguous()
             job.bias = bias.data_ptr()
-        job.out, job.out_type, job.out_stride = out.data_ptr(), _TYPES[out_dtype], rows
+        job.out, job.out_type, job.out_stride = out.data_ptr(), _TYPES[out.dtype], rows
         # The more rows x has, the more often it is read: once for each `step` rows of the weight.
         job.step = min(128, max(8, rows // 64 * 8)) if m > 128 else 32
         job.x, job.x_type, job.m = x.data_ptr(), _TYPES[x.dtype], m
         self._go(job)
         del keep
-        return out
 
     def _go(self, job: _Job) -> None:
         if self._run(job):

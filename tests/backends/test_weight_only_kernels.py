@@ -238,6 +238,17 @@ def test_lookup_reads_only_the_rows_asked_for(qtype: str, block: tuple[int, int]
 
 
 # --------------------------------------------------------------------------------------------------- as an operator
+@pytest.mark.parametrize("m", [2, wo.FEW + 1, wo.SOME + 1])
+def test_what_it_gives_can_be_changed_in_place_while_gradients_are_recorded(m: int, way: str) -> None:
+    w = Weight((24, 64), "int4", (1, 32))
+    for shape in ((m, 64), (1, m, 64), (64,)):
+        x, bias = torch.randn(shape).requires_grad_(), torch.randn(24).requires_grad_()
+        y = w.linear(x, bias, torch.bfloat16)
+        y += 1
+        F.relu(y, inplace=True).sum().backward()
+        assert x.grad is not None and bias.grad is not None
+
+
 def test_opcheck(way: str) -> None:
     for zero in (None, torch.uint8):
         w = Weight((33, 70), "uint4", (1, 32), zero)
