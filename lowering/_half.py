@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inc_graph.lowering._onednn import HAS_OPAQUE, PLAIN, Activation, PackedLayer, define, real
+from inc_graph.lowering._half_gradient import gradients, is_wanted, with_gradient
+from inc_graph.lowering._onednn import HAS_OPAQUE, LIBRARY, PLAIN, Activation, PackedLayer, define, real
 from inc_graph.lowering._packed import Geometry
 
 __all__ = ["HalfLayer", "HalfWeight", "half_layer", "half_layer_add", "has_kernels"]
@@ -145,6 +146,28 @@ if HAS_OPAQUE:
         lambda x, other, layer: real(layer).run(x, other),
         lambda x, other, layer: real(layer).empty_out(x),
     )
+
+    def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.layer = inputs
+        ctx.save_for_backward(*tensors)
+
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if len(ctx.saved_tensors) == 1:
+            return torch.ops.inc_onednn.half_layer_gradient(grad, *ctx.saved_tensors, ctx.layer), None
+        return *torch.ops.inc_onednn.half_layer_add_gradient(grad, *ctx.saved_tensors, ctx.layer), None
+
+    define(
+        f"half_layer_gradient(Tensor grad, Tensor x, {_type} layer) -> Tensor",
+        lambda grad, x, layer: gradients(real(layer), grad, x)[0],
+        lambda grad, x, layer: torch.empty_like(x),
+    )
+    define(
+        f"half_layer_add_gradient(Tensor grad, Tensor x, Tensor other, {_type} layer) -> (Tensor, Tensor)",
+        lambda grad, x, other, layer: gradients(real(layer), grad, x, other),
+        lambda grad, x, other, layer: (torch.empty_like(x), torch.empty_like(other)),
+    )
+    for _name in ("half_layer", "half_layer_add"):
+        torch.library.register_autograd(f"inc_onednn::{_name}", _backward, setup_context=_keep, lib=LIBRARY)
 else:
     HalfLayer.run = torch.compiler.disable(HalfLayer.run)  # type: ignore[method-assign]
 
@@ -153,11 +176,11 @@ def half_layer(x: Tensor, layer: HalfLayer) -> Tensor:
     """Run a layer."""
     if HAS_OPAQUE and torch.compiler.is_compiling():
         return torch.ops.inc_onednn.half_layer(x, layer)  # type: ignore[no-any-return]
-    return layer.run(x)
+    return with_gradient(layer, x) if is_wanted(x) else layer.run(x)
 
 
 def half_layer_add(x: Tensor, other: Tensor, layer: HalfLayer) -> Tensor:
     """Run a layer and add `other` before its activation function."""
     if HAS_OPAQUE and torch.compiler.is_compiling():
         return torch.ops.inc_onednn.half_layer_add(x, other, layer)  # type: ignore[no-any-return]
-    return layer.run(x, other)
+    return with_gradient(layer, x, other) if is_wanted(x, other) else layer.run(x, other)

@@ -74,6 +74,20 @@ class Region(OpaqueBase):  # type: ignore[misc,valid-type]
         """Outputs of the right shapes, dtypes and layouts, not filled."""
         return self._walk(inputs, _propagate)
 
+    def gradients(self, grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Of the inputs, given those of the outputs; zeros where none passes (through codes)."""
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+            outs = self._walk(leaves, lambda fn, args: fn(*args))
+        pairs = [(y, g) for y, g in zip(outs, grads, strict=True) if y.requires_grad]
+        wanted = [x for x in leaves if x.requires_grad]
+        if not pairs or not wanted:
+            return [torch.zeros_like(x) for x in inputs]
+        ys, gs = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ys, wanted, gs, allow_unused=True))
+        given = [next(found) if x.requires_grad else None for x in leaves]
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, given, strict=True)]
+
     def _walk(self, inputs: Sequence[Tensor], call: Callable[..., Tensor]) -> list[Tensor]:
         slots: list[Any] = list(inputs)
         for step in self.steps:
@@ -112,6 +126,22 @@ if HAS_OPAQUE:
         lambda inputs, region: _onednn.real(region).run(inputs),
         lambda inputs, region: _onednn.real(region).empty_out(inputs),
     )
+    _onednn.define(
+        f"region_gradient(Tensor[] grads, Tensor[] inputs, {get_opaque_type_name(Region)} region) -> Tensor[]",
+        lambda grads, inputs, region: _onednn.real(region).gradients(grads, inputs),
+        lambda grads, inputs, region: [torch.empty_like(x) for x in inputs],
+    )
+
+    def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        tensors, ctx.region = inputs
+        ctx.save_for_backward(*tensors)
+
+    def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+        inputs = list(ctx.saved_tensors)
+        found = torch.ops.inc_onednn.region_gradient(list(grads), inputs, ctx.region)
+        return [g if x.is_floating_point() else None for g, x in zip(found, inputs, strict=True)], None
+
+    torch.library.register_autograd("inc_onednn::region", _backward, setup_context=_keep, lib=_onednn.LIBRARY)
 
 
 def run_region(inputs: list[Tensor], region: Region) -> list[Tensor]:

@@ -165,6 +165,27 @@ def test_packed_layers_give_what_torch_gives(layer: nn.Module) -> None:
     torch.testing.assert_close(q(x), want, rtol=2**-7, atol=2**-7)
     weights = [t for n, t in q.graph.named_buffers() if t.ndim > 1]
     assert any(torch.equal(w, layer.weight.bfloat16()) for w in weights)  # type: ignore[operator]
+    torch.testing.assert_close(gradient(q, x), gradient(layer, x), rtol=2**-5, atol=2**-5)
+
+
+def gradient(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    model(x).square().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.skipif(not _half.has_kernels(torch.bfloat16), reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradients_go_through_packed_layers(compiled: bool) -> None:
+    """With what is fused behind them and added to them. torch's packed operators alone would let none pass."""
+    model = net()
+    q = convert(net(), bf16(), example_inputs=(X,), backend="inductor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        got = gradient(torch.compile(q) if compiled else q, X)
+    want = gradient(model, X)
+    assert 20 * torch.log10(want.norm() / (got - want).norm()) > 25
 
 
 @pytest.mark.slow
