@@ -2,7 +2,7 @@
 
 MiniLM-L6: milliseconds of a call (batch 8 x 128 tokens and batch 1, contestants in turns) and SQNR of the sentence
 embeddings against the float model's. SmolLM2 (folded weights, see ``language_model``; linear layers without the head):
-perplexity. What a contestant cannot do becomes its row.
+perplexity. LSTM and GRU layers beside torch's: see ``recurrent_int8``. What a contestant cannot do becomes its row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks import language_model as lm
-from benchmarks import peers, static_int8
+from benchmarks import peers, recurrent_int8, static_int8
 from benchmarks.peers import THREADS, Peer, Task
 
 TOKENS = {"act_granularity": "per_token", "w_granularity": "per_channel"}
@@ -34,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "per tensor, defaults": {},
 }
 OURS = "inc_graph dynamic, per token"
+MODELS = ("minilm", "smollm2", "recurrent")
 
 
 def _ours(options: dict[str, Any], compiled: bool = False) -> Any:
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--windows", type=int, default=6, help="of 512 tokens, for perplexity")
-    parser.add_argument("--model", choices=("minilm", "smollm2"), nargs="*", default=("minilm", "smollm2"))
+    parser.add_argument("--model", choices=MODELS, nargs="*", default=MODELS)
     parser.add_argument("--only", nargs="*", metavar="TEXT", help="contestants whose name contains one of these")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args(arguments)
@@ -128,6 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
         results["minilm"] = minilm(names, options.rounds, console)
     if "smollm2" in options.model:
         results["smollm2"] = smollm2(options.windows, console)
+    if "recurrent" in options.model:
+        with torch.no_grad():
+            results["recurrent"] = recurrent_int8.measure(options.rounds, console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

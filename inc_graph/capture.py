@@ -46,6 +46,7 @@ from inc_graph.graph import (
 from inc_graph.inputs import describe_inputs, watch_inputs
 from inc_graph.layouts import settle_views
 from inc_graph.quiet import quiet_torch
+from inc_graph.recurrent_capture import WholeRecurrent, name_recurrent
 from inc_graph.regions import inline_regions
 
 aten = torch.ops.aten
@@ -92,7 +93,7 @@ def capture(
     args, kwargs = _distinct(model, (args, dict(kwargs or {})))
     with _captured_as(model, training):
         try:
-            with quiet_torch():
+            with quiet_torch(), contextlib.nullcontext() if training else WholeRecurrent():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             inline_regions(program)
             program = program.run_decompositions({})
@@ -152,6 +153,7 @@ def _normalize(exported: fx.GraphModule, training: bool) -> fx.GraphModule:
     gm._forward_hooks_always_called.clear()
     gm.meta = {"inc": {}}
     set_level(gm, "float")
+    name_recurrent(gm)
     _buffers_for_constants(gm)
     _tidy(gm, training)
     _complete_meta(gm)

@@ -31,7 +31,7 @@ from inc_graph.lowering._half_claims import HALF_LAYERS
 from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer, rewrite_signed
 from inc_graph.lowering._layouts import settle_layouts
 from inc_graph.lowering._moves import MOVES, check_move, rewrite_move
-from inc_graph.lowering._recurrent import GRU, LSTM
+from inc_graph.lowering._recurrent import GRU, LSTM, PROJECT
 from inc_graph.lowering._regions import for_compile
 from inc_graph.lowering._weight_only_claims import FORMATS, LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
 from inc_graph.lowering.base import Backend, Claim
@@ -104,7 +104,7 @@ class Inductor(Backend):
         **dict.fromkeys(_LAYERS, tuple((a, w) for a in CODES for w in WEIGHTS)),
         "linear": (*((a, w) for a in CODES for w in WEIGHTS), *((None, w) for w in FORMATS)),
         "add": tuple((a, None) for a in CODES),
-        **dict.fromkeys(("lstm_steps", "gru_steps"), tuple((None, w) for w in FORMATS)),
+        **dict.fromkeys(("lstm_steps", "gru_steps", "projection"), tuple((None, w) for w in FORMATS)),
         "embedding": tuple((None, w) for w in FORMATS),
     }
     compute_dtype: torch.dtype | None = None
@@ -129,6 +129,7 @@ class Inductor(Backend):
             Claim("int8 lookup", P(aten.embedding.default), _rewrite_lookup, _check_lookup),
             HALF_LAYERS,
             WEIGHT_ONLY,
+            PROJECT,
             LSTM,
             GRU,
             LOOKUP,

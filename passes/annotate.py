@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from inc_graph.errors import ConfigError, IncWarning, UnusedRuleWarning
-from inc_graph.graph import inc_meta, is_float, module_path, set_level
+from inc_graph.graph import inc_meta, is_float, module_path, peek_meta, set_level
 from inc_graph.oppattern import OpPattern, named, pattern_of
 from inc_graph.passes._eligible import DATA, PARAMETER, Facts, useless, weight_spec
 from inc_graph.passmanager import Pass, PassReport, PassResult
@@ -333,7 +333,7 @@ def _why_float(node: fx.Node, state: _State) -> str | None:
         computes = getattr(node.target, "namespace", None) is not None
         return "no quantization pattern for this operator" if computes else None
     if pattern.role == "opaque":
-        return pattern.reason
+        return str(peek_meta(node).get("whole", pattern.reason))
     if pattern.role == "activation" and is_float(node) and (node in state.reads or _producer(node) not in state.ops):
         return "what it stands behind is not quantized"
     return None  # a view costs nothing; an activation function goes with the layer before it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, fx, nn
 from inc_graph.capture import capture
 from inc_graph.errors import CaptureError
 from inc_graph.graph import clone
-from inc_graph.quantization.leaf import is_plain_linear
+from inc_graph.quantization.leaf import bare
 
 __all__ = ["Captures"]
 
@@ -29,13 +28,13 @@ class Captures:
         self._known: dict[Any, fx.GraphModule] = {}
         self._linear: dict[Any, fx.GraphModule] = {}
 
-    def get(self, module: nn.Module, path: str, example: Tensor, dims: dict[int, Any]) -> fx.GraphModule:
+    def get(self, module: nn.Module, path: str, examples: tuple[Tensor, ...], dims: tuple[Any, ...]) -> fx.GraphModule:
         """The float graph of a layer; its parameters are the layer's own. CaptureError, which names the layer."""
         tensors = {n: (tuple(t.shape), t.dtype, t.device) for n, t in module.named_parameters()}
         key = (type(module), repr(module), tuple(sorted(tensors.items(), key=str)))
         if key not in self._known:
             try:
-                self._known[key] = self._capture(module, example, dims)
+                self._known[key] = self._capture(module, examples, dims)
             except CaptureError as e:
                 raise CaptureError(e.message, module=path, hint=e.hint) from e
         gm = clone(self._known[key])
@@ -46,12 +45,12 @@ class Captures:
         gm._forward_pre_hooks_with_kwargs.clear()
         return gm
 
-    def _capture(self, module: nn.Module, example: Tensor, dims: dict[int, Any]) -> fx.GraphModule:
+    def _capture(self, module: nn.Module, examples: tuple[Tensor, ...], dims: tuple[Any, ...]) -> fx.GraphModule:
         plain = type(module) is nn.Linear
         kinds = tuple((n, t.dtype, t.device) for n, t in module.named_parameters())
         if plain and kinds in self._linear and (found := _resized(self._linear[kinds], module)) is not None:
             return found
-        made = capture(_bare(module), (example,), dynamic_shapes=(dims,))
+        made = capture(bare(module), examples, dynamic_shapes=_dims(dims))
         if plain:
             self._linear[kinds] = made
         return made
@@ -81,12 +80,6 @@ def _resized(gm: fx.GraphModule, module: nn.Module) -> fx.GraphModule | None:
     return new
 
 
-def _bare(module: nn.Module) -> nn.Module:
-    """The module without the hooks of its user, which are no part of the layer, and as `nn.Linear` if it is one."""
-    bare = copy.copy(module)
-    if is_plain_linear(module):
-        bare.__class__ = nn.Linear
-    for name, value in vars(module).items():
-        if "_hooks" in name and isinstance(value, dict):
-            bare.__dict__[name] = type(value)()
-    return bare
+def _dims(dims: tuple[Any, ...]) -> tuple[Any, ...]:
+    """As the exporter wants them: the states of an LSTM are one variable argument."""
+    return (*dims[:2], dims[2:]) if len(dims) > 1 else dims

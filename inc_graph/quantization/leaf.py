@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from inc_graph.errors import CaptureError, IncError
 from inc_graph.graph import get_tensor, val
@@ -17,11 +19,13 @@ from inc_graph.quantization import branches
 from inc_graph.quantization.branches import stays_float
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.read_only import ReadOnly
+from inc_graph.quantization.recurrent_leaf import RECURRENT, OnRows, call_recurrent, example_of, unfit_recurrent
 
-__all__ = ["Form", "Leaf", "form_of", "is_layer", "is_plain_linear", "unfit"]
+__all__ = ["Form", "Leaf", "bare", "form_of", "is_layer", "is_plain_linear", "is_recurrent", "unfit"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Linear, nn.Embedding, *_CONVS)
+_PLAIN = (nn.Linear, nn.Embedding, *_CONVS)
+_LAYERS = (*_PLAIN, *RECURRENT)
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:
@@ -33,11 +37,18 @@ def is_layer(module: nn.Module) -> bool:
 
     A quantized layer is none, although it is an `nn.Linear` to `isinstance`.
     """
-    return not isinstance(module, Leaf) and (isinstance(module, _LAYERS) or _is_hf_conv1d(module))
+    return not isinstance(module, Leaf) and (isinstance(module, _PLAIN) or _is_hf_conv1d(module))
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether this is an LSTM or GRU, which methods take that find ranges at run time."""
+    return not isinstance(module, Leaf) and isinstance(module, RECURRENT)
 
 
 def unfit(module: nn.Module, parent: nn.Module | None) -> str | None:
     """Why a layer cannot be replaced by its graph, None if it can."""
+    if isinstance(module, RECURRENT):
+        return unfit_recurrent(module)
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention reads its weight and never calls it"
     kind = next((c for c in _LAYERS if isinstance(module, c)), None)
@@ -90,7 +101,8 @@ class Form:
     """What a layer takes.
 
     Attributes:
-        kind: "rows" (linear: every dimension but the last is a row), "index" (embedding), "space" (convolution).
+        kind: "rows" (linear: every dimension but the last is a row), "index" (embedding), "space" (convolution),
+            "steps" (LSTM, GRU; see `recurrent_leaf`).
         rank: Rank that its graph is captured at.
         size: Size of the last dimension ("rows"), number of channels ("space"), 0 ("index").
         dtype: Of the input.
@@ -125,8 +137,30 @@ class Form:
         return None
 
 
-def form_of(module: nn.Module) -> tuple[Form, Tensor, dict[int, Any]]:
-    """(form, example input, dynamic dimensions of it) of a layer."""
+def bare(module: nn.Module) -> nn.Module:
+    """What a layer's graph is captured from: without the user's hooks, which are no part of it, and as `nn.Linear` if it
+    is one; the parameters are the layer's own."""
+    if isinstance(module, RECURRENT):
+        return OnRows(module)
+    alike = copy.copy(module)
+    if is_plain_linear(module):
+        alike.__class__ = nn.Linear
+    for name, value in vars(module).items():
+        if "_hooks" in name and isinstance(value, dict):
+            alike.__dict__[name] = type(value)()
+    return alike
+
+
+def form_of(module: nn.Module) -> tuple[Form, tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """(form, example inputs, dynamic dimensions of them) of a layer."""
+    if isinstance(module, RECURRENT):
+        examples, dims = example_of(module)
+        return Form("steps", 3, module.input_size, examples[0].dtype), examples, dims
+    form, example, dynamic = _form_of(module)
+    return form, (example,), (dynamic,)
+
+
+def _form_of(module: nn.Module) -> tuple[Form, Tensor, dict[int, Any]]:
     dynamic = torch.export.Dim.DYNAMIC
     weight: Any = module.weight
     if isinstance(module, nn.Embedding):
@@ -157,6 +191,15 @@ def _autocast_is_on(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to say it of meta
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating point tensors of tuples and packed sequences in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, PackedSequence):
+        return PackedSequence(value.data.to(dtype), *value[1:])
+    return tuple(_cast(v, dtype) for v in value) if isinstance(value, list | tuple) else value
+
+
 class Leaf(nn.Module):
     """Stands where a layer stood; `inner` is the layer's observed graph, its quantized model once it is converted.
 
@@ -179,6 +222,9 @@ class Leaf(nn.Module):
         self._take_hooks(original)
         self.eval()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__  # not what an LSTM makes of it
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
         self.number = branches.enroll(self)  # a copy is another leaf
@@ -196,7 +242,7 @@ class Leaf(nn.Module):
         leaf._facts = {
             k: v for k, v in vars(original).items() if not k.startswith("_") and not isinstance(v, Tensor | nn.Module)
         }
-        if original._parameters.get("bias") is None and hasattr(original, "bias"):
+        if self.form.kind != "steps" and original._parameters.get("bias") is None and hasattr(original, "bias"):
             leaf._facts["bias"] = None  # what bias correction may have added is the kernel's own
         leaf._original = ()
         return leaf
@@ -215,12 +261,14 @@ class Leaf(nn.Module):
         """The float layer, None once it is converted."""
         return self._original[0] if self._original else None
 
-    def forward(self, x: Tensor | None = None, *args: Any, input: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Any = None, *args: Any, input: Any = None, **kwargs: Any) -> Any:
         x = input if x is None else x  # the name that layers of torch give it
         if x is None:
             raise TypeError(f"{type(self).__name__} {self.path!r} is called without an input")
         if self._original and torch.compiler.is_dynamo_compiling() and stays_float(self.number):
             return self._original[0](x, *args, **kwargs)
+        if self.form.kind == "steps":
+            return self._sequences(x, *args, **kwargs)
         if args or kwargs:
             return self._extra(x, *args, **kwargs)
         if isinstance(x, Tensor) and self.form.kind != "index" and _autocast_is_on(x.device.type):
@@ -239,6 +287,17 @@ class Leaf(nn.Module):
         if x.ndim == self.form.rank - 1:  # an unbatched image
             return self.inner(x[None])[0]
         return self.inner(x)
+
+    def _sequences(self, x: Any, hx: Any = None) -> Any:
+        """An LSTM or GRU; what autocast would have made of the results is made of them here."""
+        data = x[0] if isinstance(x, PackedSequence) else x
+        dtype = self.form.dtype
+        if not (isinstance(data, Tensor) and _autocast_is_on(data.device.type)):
+            return call_recurrent(self, self.inner, dtype, x, hx)
+        kind = data.device.type
+        x, hx = _cast((x, hx), dtype)
+        with torch.autocast(kind, enabled=False):
+            return _cast(call_recurrent(self, self.inner, dtype, x, hx), torch.get_autocast_dtype(kind))
 
     def _autocast(self, x: Tensor) -> Tensor:
         """The graph has the layer's own dtypes; what autocast would have made of the result is made of it here."""
@@ -263,14 +322,15 @@ class Leaf(nn.Module):
                 return getattr(state["_original"][0], name)
             if name in state.get("_facts", ()):
                 return state["_facts"][name]
-            if state.get("_facts") and (name == "weight" or (name == "bias" and self.form.kind != "index")):
+            without = {"weight": ("steps",), "bias": ("steps", "index")}.get(name)
+            if without is not None and state.get("_facts") and self.form.kind not in without:
                 return self._tensor(name)
             raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
             raise IncError(f"the {name} of a quantized layer cannot be replaced", module=self.path)
-        super().__setattr__(name, value)
+        nn.Module.__setattr__(self, name, value)  # an LSTM's own keeps a list of its weights
 
     def _tensor(self, name: str) -> Tensor | None:
         """Weight or bias as the kernels see it, in the shape that the layer had it."""
@@ -315,6 +375,9 @@ class Leaf(nn.Module):
             for key in [k for k in state_dict if k.startswith(prefix)]:
                 state_dict[f"{prefix}inner.{key[len(prefix) :]}"] = state_dict.pop(key)
         nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
+
+    def flatten_parameters(self) -> None:
+        """What an LSTM does to the memory of its weights: there is nothing to do."""
 
     def reset_parameters(self) -> None:
         """What a float layer has, and this cannot."""

@@ -15,7 +15,7 @@ from inc_graph.quantization.compute_dtype import ComputeDtypes
 from inc_graph.quantization.finish import assemble
 from inc_graph.quantization.layers import call_every_layer, keep_report, own_copy, put, report_of, tensors_of
 from inc_graph.quantization.layers import save as save_model
-from inc_graph.quantization.leaf import Form, Leaf, is_layer
+from inc_graph.quantization.leaf import Form, Leaf, is_layer, is_recurrent
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.ordinary import ordinary_tensors
 from inc_graph.quantization.saved import check_format
@@ -271,7 +271,7 @@ def _layer(model: nn.Module, paths: list[str]) -> nn.Module:
             raise SavedModelError(
                 f"original_model has no layer {path[:80]!r}", hint="give the model that was quantized"
             ) from e
-        if not is_layer(found[-1]):
+        if not (is_layer(found[-1]) or is_recurrent(found[-1])):
             kind = type(found[-1]).__name__
             raise SavedModelError(f"{path!r} of original_model is a {kind}, not a layer that is quantized")
         if found[-1] is not found[0]:
@@ -286,7 +286,7 @@ def _leaf(inner: QuantizedModel, facts: Any, path: str, old: nn.Module) -> Leaf:
         attributes = dict(facts["attributes"])
     except (KeyError, TypeError, ValueError) as e:
         raise SavedModelError("its facts cannot be read", module=path) from e
-    good = kind in ("rows", "index", "space") and isinstance(rank, int) and isinstance(size, int)
+    good = kind in ("rows", "index", "space", "steps") and isinstance(rank, int) and isinstance(size, int)
     if not good or not isinstance(dtype, torch.dtype) or not all(isinstance(k, str) for k in attributes):
         raise SavedModelError("its facts cannot be read", module=path)
     for name, value in attributes.items():

@@ -28,7 +28,7 @@ from inc_graph.quantization.block_inputs import block_inputs_of, stop_at_blocks
 from inc_graph.quantization.captures import Captures
 from inc_graph.quantization.finish import finish, no_data, observers_of, warn_of_weights
 from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, own_copy, put
-from inc_graph.quantization.leaf import Leaf, form_of, is_layer, unfit
+from inc_graph.quantization.leaf import Leaf, form_of, is_layer, is_recurrent, unfit
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
@@ -84,7 +84,9 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
     facts.floats += [
         OpLine(path, path, type(module).__name__, "only Linear, Conv and Embedding are quantized layer by layer")
         for path, module in model.named_modules()
-        if not is_layer(module) and module._parameters and not isinstance(module, nn.ParameterList | nn.ParameterDict)
+        if not _takes(module, recipe)
+        and module._parameters
+        and not isinstance(module, nn.ParameterList | nn.ParameterDict)
     ]
     for paths, new in plan:
         model = put(model, paths, new)
@@ -122,7 +124,7 @@ def _plan(model: nn.Module, facts: _Facts, source: Source | None) -> list[tuple[
     """(paths, leaf) of every layer; nothing is changed. What stays float goes into `facts.floats`."""
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if is_layer(module):
+        if _takes(module, facts.recipe):
             paths.setdefault(module, []).append(path)
     captures, matched, plan = Captures(), set[int](), []
     with warnings.catch_warnings(), progress("prepare", len(paths)) as step:
@@ -147,6 +149,11 @@ def _plan(model: nn.Module, facts: _Facts, source: Source | None) -> list[tuple[
     return plan
 
 
+def _takes(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a module is looked at: a layer, or one that a pass of the recipe takes apart."""
+    return is_layer(module) or (is_recurrent(module) and "split-recurrent" in recipe.prepare.split(","))
+
+
 def _leaf(
     model: nn.Module, module: nn.Module, names: list[str], captures: Captures, facts: _Facts, matched: set[int]
 ) -> Leaf | None:
@@ -166,9 +173,9 @@ def _leaf(
         facts.floats.append(OpLine(names[0], names[0], op, reason))
         matched.update(spoken)
         return None
-    form, example, dims = form_of(module)
+    form, examples, dims = form_of(module)
     try:
-        gm = captures.get(module, names[0], example, dims)
+        gm = captures.get(module, names[0], examples, dims)
     except CaptureError as e:
         facts.floats.append(OpLine(names[0], names[0], kind, f"it cannot be captured: {e.message}"))
         warnings.warn(f"layer {names[0]!r} stays float: {e}", IncWarning, stacklevel=6)
@@ -184,7 +191,7 @@ def _leaf(
     for done, seconds in result.timings:
         facts.timings[done] += seconds  # type: ignore[assignment]
     quantized, floats = read_graph(result.graph)
-    facts.floats += floats
+    facts.floats += [f for f in floats if f.op != "cat" or not is_recurrent(module)]  # its states, put together
     if not quantized:
         return None
     result.graph.meta["inc"]["bytes_before"] = attribute_bytes(module)

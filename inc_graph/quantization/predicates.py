@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from inc_graph.graph import module_type, val
 from inc_graph.oppattern import OperatorInfo, argument, pattern_of
-from inc_graph.quantization.leaf import is_layer
+from inc_graph.quantization.leaf import is_layer, is_recurrent
 from inc_graph.quantization.mapping import info_of
 from inc_graph.quantization.where import asked
 from inc_graph.recipe import Recipe, operator_name
@@ -34,7 +34,9 @@ def operators_of(gm: fx.GraphModule) -> list[OperatorInfo]:
 
 def layers_of(model: nn.Module) -> list[OperatorInfo]:
     """Every layer of a module that is quantized layer by layer."""
-    return [info_of(path, m) for path, m in model.named_modules(remove_duplicate=False) if is_layer(m)]
+    return [
+        info_of(path, m) for path, m in model.named_modules(remove_duplicate=False) if is_layer(m) or is_recurrent(m)
+    ]
 
 
 def bind_predicates(recipe: Recipe, predicates: Mapping[int, Any], operators: Iterable[OperatorInfo]) -> Recipe:
