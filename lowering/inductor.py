@@ -26,6 +26,7 @@ from inc_graph.lowering._codes import dequantize_codes, lookup_rows, quantize_co
 from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
 from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
 from inc_graph.lowering._dynamic_joined import join_layers
+from inc_graph.lowering._dynamic_product import DYNAMIC_PRODUCT, DYNAMIC_VALUES
 from inc_graph.lowering._fusion import CONV, LINEAR, TRANSPOSED
 from inc_graph.lowering._half_claims import HALF_LAYERS
 from inc_graph.lowering._layers import check_layer, check_signed, rewrite_layer, rewrite_signed
@@ -135,6 +136,8 @@ class Inductor(Backend):
             LOOKUP,
             ATTENTION,
             WEIGHT_VALUES,
+            DYNAMIC_PRODUCT,
+            DYNAMIC_VALUES,
             Claim("quantize", P(QUANTIZE), _rewrite_quantize, _check_quantize, kernel=False),
             Claim("dequantize", P(DEQUANTIZE), _rewrite_dequantize, _check_dequantize, kernel=False),
         )

@@ -1,8 +1,8 @@
 """Module scope: a model that cannot be exported as a whole is quantized layer by layer.
 
-Each layer (Linear, Conv*, Embedding, the Conv1D of HF transformers) becomes a small captured graph in place, on which
-the same passes and lowerings run; the model keeps its class, its methods and its Python control flow. Functional calls
-(`torch.matmul`, `+`) are not seen here.
+Each layer (Linear, Conv*, Embedding, the Conv1D of HF transformers; LSTM and GRU where ranges are found at run time)
+becomes a small captured graph in place, on which the same passes and lowerings run; the model keeps its class, its
+methods and its Python control flow. Functional calls (`torch.matmul`, `+`) are not seen here.
 """
 
 from __future__ import annotations

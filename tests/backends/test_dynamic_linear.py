@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks import real_models as rm
 from inc_graph.errors import ConfigError
 from inc_graph.export import export
-from inc_graph.lowering import _dynamic
+from inc_graph.lowering import _dynamic, _dynamic_product
 from inc_graph.lowering._dynamic import _codes_by_torch, dynamic_codes, taken
 from inc_graph.lowering._dynamic_native import passes
 from inc_graph.quantization import DynamicQuantConfig, StaticQuantConfig, convert, load, prepare, quantize, save
@@ -298,3 +298,44 @@ def test_minilm() -> None:
     embeddings = rm.embed(q, tokenizer, documents)
     assert q.report.count("linear") == 36 and taken["gemm"] == 5 * 24 and not q.report.reference
     assert rm.sqnr_db(rm.embed(model, tokenizer, documents), embeddings) >= 26.4
+
+
+# ------------------------------------------------------------------------------------------ products of activations
+class Scores(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.matmul((q @ k.transpose(-1, -2)).softmax(-1), v)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_products_of_activations(way: str, config: Config) -> None:
+    """By name: in batches, the values of the codes, bit for bit, without the operators of the reference."""
+    model, inputs = Scores().eval(), tuple(torch.randn(2, 3, 16, 8) for _ in range(3))
+    named = DynamicQuantConfig(**config).set_local(torch.matmul, DynamicQuantConfig(**config))
+    q = quantize(export(model, inputs), named)
+    rows = config.get("act_granularity") == "per_token"
+    lines = q.report.reference if rows else q.report.kernels
+    assert [line.op for line in lines] == ["matmul", "matmul"]
+    assert all(("a scale for each row" if rows else "float32 on the values") in line.detail for line in lines)
+    assert not [n for n in q.lowered.graph.nodes if str(n.target).startswith("inc.")]
+    assert torch.equal(q(*inputs), q.graph(*inputs))
+    close(q(*inputs), model(*inputs), 0.05)
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if "act_granularity" not in c], ids=str)
+@pytest.mark.parametrize("shape", [(20,), (2, 10)], ids=str)
+def test_large_products_are_int8(way: str, monkeypatch: pytest.MonkeyPatch, config: Config, shape: Any) -> None:
+    monkeypatch.setattr(_dynamic_product, "LARGE", 16)
+    a, b = torch.randn(*shape, 70) + 0.3, torch.randn(70, 33) - 0.1
+
+    class Product(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return torch.matmul(a, b)
+
+    named = DynamicQuantConfig(**config).set_local(torch.matmul, DynamicQuantConfig(**config))
+    q = quantize(export(Product().eval(), (a, b)), named)
+    taken.clear()
+    y = q(a, b)
+    assert taken["int8 product"] == 1 and not taken["float product"]
+    torch.testing.assert_close(y, q.graph(a, b), rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(q)(a, b), y)
