@@ -15,7 +15,16 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 from inc_graph.errors import CaptureError
 from inc_graph.export import export
-from inc_graph.quantization import DynamicQuantConfig, RTNConfig, load, quantize
+from inc_graph.quantization import (
+    DynamicQuantConfig,
+    MixedPrecisionConfig,
+    RTNConfig,
+    StaticQuantConfig,
+    convert,
+    load,
+    prepare,
+    quantize,
+)
 
 TOKENS = {"act_granularity": "per_token", "w_granularity": "per_channel"}
 CONFIG = DynamicQuantConfig(**TOKENS)
@@ -147,6 +156,17 @@ def test_a_model(tmp_path: Path) -> None:
     assert torch.equal(again(words, lengths), y)
     big = quantized(Net(nn.LSTM(128, 256, 2)).eval())
     assert big.report.bytes_after <= 0.27 * big.report.bytes_before
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_prepared(kind: type[nn.Module]) -> None:
+    """Between prepare and convert it computes as the float layer does; together with other methods, too."""
+    model, x = nn.Sequential(nn.Linear(12, 12), kind(12, 20)).eval(), torch.randn(4, 3, 12)
+    for config in (CONFIG, StaticQuantConfig() + CONFIG, CONFIG + MixedPrecisionConfig("bf16")):
+        prepared = prepare(copy.deepcopy(model), config)
+        assert all(map(torch.allclose, flat(prepared(x)), flat(model(x))))
+        q = convert(prepared)
+        assert close(q(x), model(x)) and q.report.count(f"{kind.__name__.lower()}_steps") == 1
 
 
 def test_compiled() -> None:

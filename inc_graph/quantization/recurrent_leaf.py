@@ -33,7 +33,7 @@ class OnRows(nn.Module):
         layer = self._layer[0]
         weights: list[Tensor] = [self.get_parameter(n) for names in layer._all_weights for n in names]
         rest = (layer.bias, layer.num_layers, 0.0, False, layer.bidirectional)
-        if isinstance(layer, nn.LSTM):
+        if layer.mode == "LSTM":
             return torch._VF.lstm(data, batch_sizes, states, weights, *rest)
         return torch._VF.gru(data, batch_sizes, states[0], weights, *rest)
 
@@ -70,7 +70,7 @@ def _states(layer: Any) -> list[tuple[int, int]]:
     """(layers, size) of each state."""
     layers = layer.num_layers * (2 if layer.bidirectional else 1)
     size = layer.hidden_size
-    return [(layers, layer.proj_size or size), (layers, size)] if isinstance(layer, nn.LSTM) else [(layers, size)]
+    return [(layers, layer.proj_size or size), (layers, size)] if layer.mode == "LSTM" else [(layers, size)]
 
 
 def call_recurrent(layer: Any, graph: Any, dtype: torch.dtype, x: Any, hx: Any = None) -> Any:
@@ -100,7 +100,7 @@ def call_recurrent(layer: Any, graph: Any, dtype: torch.dtype, x: Any, hx: Any =
         out = out.view(-1, n, out.shape[-1])
         out = out[:, 0] if single else out.transpose(0, 1) if first else out
         last = [s[:, 0] for s in last] if single else last
-    return out, tuple(last) if isinstance(layer, nn.LSTM) else last[0]
+    return out, tuple(last) if layer.mode == "LSTM" else last[0]
 
 
 def _first(layer: Any, hx: Any, data: Tensor, n: int, single: bool, order: Tensor | None) -> list[Tensor]:
