@@ -15,17 +15,18 @@ __all__ = ["X86Backend", "capabilities"]
 _Table = dict[str, tuple[tuple[str | None, str | None], ...]]
 
 
-def capabilities(layers: tuple[str, ...], weight_only: tuple[str, ...] = ()) -> _Table:
+def capabilities(layers: tuple[str, ...], plain: tuple[str, ...] = (), weight_only: tuple[str, ...] = ()) -> _Table:
     """A capability table: `layers` and linear with int8 on both sides, sums of int8, and formats of weights alone.
 
-    `weight_only`: what takes quantized weights beside linear layers and tables.
+    `plain`: what takes int8 activations and has no weight, beside sums. `weight_only`: what takes quantized weights
+    beside linear layers and tables.
     """
     int8 = tuple((a, w) for a in CODES for w in WEIGHTS)
     weights = tuple((None, w) for w in FORMATS)
     return {
         "linear": int8 + weights,
         **dict.fromkeys(layers, int8),
-        "add": tuple((a, None) for a in CODES),
+        **dict.fromkeys(("add", *plain), tuple((a, None) for a in CODES)),
         **dict.fromkeys((*weight_only, "embedding"), weights),
     }
 

@@ -94,7 +94,7 @@ class Inductor(X86Backend):
     """oneDNN int8 on x86 CPUs; under torch.compile inductor fuses what is between the layers."""
 
     name = "inductor"
-    capabilities: ClassVar = capabilities(_CONVOLUTIONS, ("lstm_steps", "gru_steps"))
+    capabilities: ClassVar = capabilities(_CONVOLUTIONS, weight_only=("lstm_steps", "gru_steps"))
 
     def lacks(self) -> str | None:
         return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"

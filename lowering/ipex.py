@@ -2,6 +2,7 @@
 
     dequantize(x) , dequantize(w) -> linear | conv [-> ...] [-> quantize]     one TorchScript function for all of them,
                                                                               in which IPEX makes int8 groups
+    dequantize(x) , dequantize(y) -> matmul [-> ...] [-> quantize]            the same
     x (float) , dequantize(w) -> linear                                       weight-only layers as on `inductor`
     dequantize(table) -> embedding                                            looks up codes
 
@@ -69,7 +70,7 @@ class Ipex(X86Backend):
     """int8 groups of Intel Extension for PyTorch on x86 CPUs; weight-only layers are those of `inductor`."""
 
     name = "ipex"
-    capabilities: ClassVar = capabilities(tuple(f"conv{d}d" for d in (1, 2, 3)))
+    capabilities: ClassVar = capabilities(tuple(f"conv{d}d" for d in (1, 2, 3)), ("matmul",))
 
     def lacks(self) -> str | None:
         return why_not()
