@@ -8,7 +8,14 @@ TORCH_SPEC ?= torch==2.13.0
 EXTRAS     ?= dev,eval
 PYTEST_ARGS ?=
 IPEX_VENV  ?= .venv-ipex
+TORCH_2_8   = VENV=$(IPEX_VENV) TORCH_SPEC=torch==2.8.0 EXTRAS=test,eval,ipex
 JOBS       ?= 2
+
+# What of the other tests runs on torch 2.8 each time: from export to kernels, all three kinds of quantization, and files.
+ON_TORCH_2_8 = tests/test_capture.py tests/test_api.py $(addprefix tests/passes/test_,annotate.py canonicalize.py \
+  convert_qdq.py dynamic.py fold_conv_bn.py insert_observers.py) $(addprefix tests/backends/test_,dynamic_joined.py \
+  dynamic_linear.py kernels_run.py onednn_layers.py weight_only_kernels.py) $(addprefix tests/weight_only/test_,gptq.py \
+  graph_in_sequence.py hqq.py rtn.py) tests/saving/test_format.py tests/saving/test_round_trip.py
 
 # Tests run in as many processes, whose threads must not spin while they wait; those marked `alone` follow one by one.
 define run_tests
@@ -54,9 +61,10 @@ test: $(STAMP) ## the tests, without the slow ones
 test-slow: $(STAMP) ## only the slow tests
 	$(call run_tests,slow and not bench)
 
-test-ipex: ## the tests of the IPEX backend, with torch 2.8 in an environment of its own
-	$(MAKE) venv VENV=$(IPEX_VENV) TORCH_SPEC=torch==2.8.0 EXTRAS=test,eval,ipex
+test-ipex: ## torch 2.8 in an environment of its own: the tests of the IPEX backend, and some of the others
+	$(MAKE) venv $(TORCH_2_8)
 	$(IPEX_VENV)/bin/python -m pytest -m "ipex and not bench" $(PYTEST_ARGS)
+	$(MAKE) test $(TORCH_2_8) PYTEST_ARGS="$(ON_TORCH_2_8) $(PYTEST_ARGS)"
 
 test-all: test test-slow test-ipex ## all tests, each once
 

@@ -64,6 +64,11 @@ _HINTS = (
         "take and return tensors in tuples, lists and dicts (transformers: use_cache=False), or register the type as a "
         "pytree node",
     ),
+    (
+        ("Current active mode",),
+        "torch 2.8 cannot export torch.vmap, which transformers makes causal masks with: give the model an "
+        "attention_mask of four dimensions, or use a later torch",
+    ),
     (("missing", "unexpected keyword", "positional argument"), "example inputs must be what model.forward takes"),
 )
 _DEFAULT_HINT = (

@@ -47,8 +47,12 @@ class QParams:
 
 @dataclass
 class OneDnnContext(Context):
-    """The graph being lowered, and the numbers behind its quantize and dequantize nodes."""
+    """The graph being lowered, and the numbers behind its quantize and dequantize nodes.
 
+    `compute_dtype`: what the backend's user wants weight-only layers to be computed in.
+    """
+
+    compute_dtype: torch.dtype | None = None
     numbers: dict[fx.Node, QParams | None] = field(default_factory=dict)
     promised: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # layer call -> value it took the place of
     weights: dict[Any, PackedWeight] = field(default_factory=dict)  # packed by now: what tells them apart -> weight

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inc_graph.graph import insert_call, replace_uses, unique_name, val
+from inc_graph.graph import fake_call, insert_call, replace_uses, unique_name, val
 from inc_graph.lowering._attention import attention
 from inc_graph.lowering._context import OneDnnContext, typical_shape
 from inc_graph.lowering._dynamic import DynamicLayer, dynamic_layer
@@ -96,10 +96,9 @@ def _join(c: OneDnnContext, nodes: list[fx.Node]) -> None:
     for old, own, layer in zip(nodes, names, layers, strict=True):
         end = begin + layer.shape[0]
         after = piece = insert_call(gm, aten.slice.Tensor, (call, last, begin, end), after=after, like=old)
-        piece.meta["val"] = aten.slice.Tensor(val(call), last, begin, end)
         replace_uses(old, piece)
         gm.graph.erase_node(old)
-        _new_steps(piece)
+        _new_steps(gm, piece)
         attr = c.sources[own]
         c.packed[attr] = _rows(weight, begin, end)
         begin = end
@@ -117,10 +116,9 @@ def _rows(weight: PackedWeight, begin: int, end: int) -> Any:
     return lambda: weight.codes()[begin:end].clone()
 
 
-def _new_steps(node: fx.Node) -> None:
+def _new_steps(gm: fx.GraphModule, node: fx.Node) -> None:
     """Values of the views behind a slice: their shapes are as before, their steps are not."""
     for user in node.users:
         if user.target in (*_SPLITS, *_PERMUTATIONS):
-            args: Any = fx.map_arg(user.args, val)
-            user.meta["val"] = user.target(*args, **user.kwargs)  # type: ignore[operator]
-            _new_steps(user)
+            user.meta["val"] = fake_call(gm, user.target, user.args, user.kwargs)  # type: ignore[arg-type]
+            _new_steps(gm, user)

@@ -46,6 +46,7 @@ _FORMATS = {
 _RENAMED = {aten.relu6.default: (aten.hardtanh.default, (0.0, 6.0)), aten.sym_size.int: (aten.size.int, ())}
 """Operators that have another name, or one that IPEX fuses, in TorchScript; and the arguments that this one takes."""
 _LARGE = 2.0**20  # codes; torch's kernel adds zero points in int32 before torch 2.9
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 _COMPUTING = ("anchor", "follower", "activation")
 _BOUNDED = (
     aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, aten.batch_norm.default,
@@ -63,6 +64,19 @@ def _axis(node: fx.Node) -> int | None:
     return None if len(axes) > 1 or any(block[d] != 1 for d in axes) else (axes or [0])[0]
 
 
+def _is_bmm(node: fx.Node) -> bool:
+    """Whether a product is one of two batches of matrices, of equal size: under this name IPEX fuses it."""
+    if node.target is not aten.matmul.default:
+        return False
+    a, b = (val(argument(node, i)).shape for i in (0, 1))
+    return len(a) == len(b) == 3 and str(a[0]) == str(b[0])
+
+
+def _is_square(node: fx.Node) -> bool:
+    """Whether both operands of a product are one value: oneDNN Graph does not come back from compiling that."""
+    return node.target in _PRODUCTS and argument(node, 0) is argument(node, 1)
+
+
 def scriptable(c: OneDnnContext, node: fx.Node) -> bool:
     """Whether a call can be a part of a TorchScript function."""
     if is_quantize(node):
@@ -74,7 +88,7 @@ def scriptable(c: OneDnnContext, node: fx.Node) -> bool:
     if node.target in _ARITHMETIC:
         return all(isinstance(val(n), int | torch.SymInt) for n in (node, *node.all_input_nodes))
     schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable or getattr(node.target, "namespace", "") != "aten":
+    if schema is None or schema.is_mutable or _is_square(node) or getattr(node.target, "namespace", "") != "aten":
         return False
     return all(_written(a) for a in _leaves(node)) and all(str(r.type) in _RETURNS for r in schema.returns)
 
@@ -248,7 +262,7 @@ class _Writer:
         self.values[node] = made
 
     def operator(self, node: fx.Node) -> Any:
-        target, more = _RENAMED.get(node.target, (node.target, ()))
+        target, more = (aten.bmm.default, ()) if _is_bmm(node) else _RENAMED.get(node.target, (node.target, ()))
         schema = target._schema
         given = [*node.args, *more]
         args = []

@@ -13,8 +13,6 @@ What is left of quantize and dequantize becomes one fast pass over the data (eag
 
 from __future__ import annotations
 
-import platform
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +21,7 @@ from torch import fx, nn
 from inc_graph.graph import insert_call, is_float, replace_uses, val
 from inc_graph.lowering._attention import ATTENTION
 from inc_graph.lowering._codes import dequantize_codes, lookup_rows, quantize_codes
-from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
+from inc_graph.lowering._context import CODES, OneDnnContext
 from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
 from inc_graph.lowering._dynamic_joined import join_layers
 from inc_graph.lowering._dynamic_product import DYNAMIC_PRODUCT, DYNAMIC_VALUES
@@ -34,8 +32,9 @@ from inc_graph.lowering._layouts import settle_layouts
 from inc_graph.lowering._moves import MOVES, check_move, rewrite_move
 from inc_graph.lowering._recurrent import GRU, LSTM, PROJECT
 from inc_graph.lowering._regions import for_compile
-from inc_graph.lowering._weight_only_claims import FORMATS, LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
-from inc_graph.lowering.base import Backend, Claim
+from inc_graph.lowering._weight_only_claims import LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
+from inc_graph.lowering._x86 import X86Backend, capabilities
+from inc_graph.lowering.base import Claim
 from inc_graph.oppattern import argument
 from inc_graph.ops import DEQUANTIZE, QUANTIZE, is_dequantize
 from inc_graph.pattern import Match, P
@@ -43,7 +42,7 @@ from inc_graph.registry import BACKENDS
 
 aten = torch.ops.aten
 
-_LAYERS = ("linear", *(f"conv{'_transpose' * t}{d}d" for t in (0, 1) for d in (1, 2, 3)))
+_CONVOLUTIONS = tuple(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------- lookups
@@ -92,32 +91,17 @@ def _rewrite_dequantize(c: OneDnnContext, found: Match) -> None:
     replace_uses(node, insert_call(c.gm, dequantize_codes, args, before=node, like=node))
 
 
-@dataclass
-class _Context(OneDnnContext):
-    compute_dtype: torch.dtype | None = None
-
-
-class Inductor(Backend):
+class Inductor(X86Backend):
     """oneDNN int8 on x86 CPUs; under torch.compile inductor fuses what is between the layers."""
 
     name = "inductor"
-    capabilities: ClassVar = {
-        **dict.fromkeys(_LAYERS, tuple((a, w) for a in CODES for w in WEIGHTS)),
-        "linear": (*((a, w) for a in CODES for w in WEIGHTS), *((None, w) for w in FORMATS)),
-        "add": tuple((a, None) for a in CODES),
-        **dict.fromkeys(("lstm_steps", "gru_steps", "projection"), tuple((None, w) for w in FORMATS)),
-        "embedding": tuple((None, w) for w in FORMATS),
-    }
-    compute_dtype: torch.dtype | None = None
-    """What weight-only layers are computed in; None: `INC_COMPUTE_DTYPE`, else what is fastest here."""
+    capabilities: ClassVar = capabilities(_CONVOLUTIONS, weight_only=("lstm_steps", "gru_steps", "projection"))
 
-    def available(self) -> str | None:
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            return f"oneDNN's int8 layers need an x86 CPU, this is {platform.machine()}"
+    def lacks(self) -> str | None:
         return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
 
-    def start(self, gm: fx.GraphModule) -> _Context:
-        return _Context(gm, compute_dtype=self.compute_dtype)
+    def start(self, gm: fx.GraphModule) -> OneDnnContext:
+        return OneDnnContext(gm, compute_dtype=self.compute_dtype)
 
     def claims(self) -> tuple[Claim, ...]:
         return (

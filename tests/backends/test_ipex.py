@@ -112,6 +112,63 @@ def test_convolutions_of_other_dimensions(dims: int) -> None:
     assert_near(q(x), e(x))
 
 
+class Heads(nn.Module):
+    """Attention whose products are written out."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.view(*x.shape[:2], -1, 16).transpose(1, 2) for x in (q, k, v))
+        return (torch.softmax(q @ k.transpose(-1, -2) / 4, -1) @ v).transpose(1, 2).flatten(2)
+
+
+class Product(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.left, self.right = form, nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.form == "bmm":
+            return torch.bmm(x, y.transpose(1, 2))
+        if self.form == "mm":
+            return torch.mm(x[0], y[0].t())
+        if self.form == "four dimensions":
+            return x[None] @ y[None].transpose(-1, -2)
+        if self.form == "behind layers":
+            return torch.relu(self.left(x) @ self.right(y).transpose(1, 2))
+        if self.form == "squared":
+            return x @ x
+        return x @ y.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("form", ["bmm", "mm", "three dimensions", "four dimensions", "behind layers"])
+def test_products_of_two_activations(form: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 8, 16), torch.randn(3, 8, 16)
+    q, e = both(Product(form), x, y)
+    assert q.report.count("matmul") == 1 and not q.report.reference and "matmul" not in {f.op for f in q.report.floats}
+    assert executed(q, x, y) == len(q.report.kernels)
+    assert_near(q(x, y), e(x, y))
+
+
+def test_a_product_of_a_value_with_itself_is_not_given_to_ipex() -> None:
+    """Compiling it does not end."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, 16)
+    q, e = both(Product("squared"), x, x)
+    assert [line.op for line in q.report.reference] == ["matmul"] and not q.report.kernels
+    assert torch.equal(q(x, x), e(x, x))
+
+
+def test_attention_whose_products_are_written_out() -> None:
+    torch.manual_seed(0)
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=64)
+    x = [torch.randn(2, 8, 48) for _ in range(3)]
+    q, e = both(Heads(), *x, dynamic_shapes=({0: batch, 1: length},) * 3)
+    assert q.report.count("matmul") == 2 == executed(q, *x) and not q.report.reference
+    for shape in ((2, 8), (1, 2), (5, 33)):
+        y = [torch.randn(*shape, 48) for _ in range(3)]
+        assert_near(q(*y), e(*y))
+
+
 def test_one_function_holds_for_all_shapes() -> None:
     torch.manual_seed(0)
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=64)

@@ -29,9 +29,10 @@ def quantized(model: nn.Module, *calibration: tuple[Tensor, ...]) -> Any:
 
 
 def events(model: nn.Module, *inputs: Tensor) -> Counter[str]:
+    """Operators that ran, by name; those that oneDNN's kernels called themselves (another number in each torch) not."""
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as prof:
         model(*inputs)
-    return Counter(e.name for e in prof.events())
+    return Counter(e.name for e in prof.events() if e.cpu_parent is None or "onednn::" not in e.cpu_parent.name)
 
 
 def kernels(counts: Counter[str]) -> tuple[int, int]:
@@ -84,7 +85,7 @@ def test_efficientnet_lite0_runs_49_convolutions_and_a_linear_layer() -> None:
     counts = events(q, images[:8])
     assert kernels(counts) == reported(q) == (49, 1)
     assert counts["onednn::qconv2d_pointwise"] == q.report.count("add") == 9  # residual sums, in the kernels
-    assert not q.report.reference and counts["aten::clone"] == 10  # one in each of those kernels, one of the image
+    assert not q.report.reference and counts["aten::clone"] == 1  # of the image
     assert q.report.bytes_after <= 0.27 * q.report.bytes_before
     with torch.no_grad():
         assert rm.top_k(q(images[:8]), labels[:8], 5) == 8

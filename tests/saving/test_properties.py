@@ -166,8 +166,8 @@ def test_sizes(seed: int, depth: int) -> None:
         {"s0": 3, "s7": 100},
         {"s0": 97, "s7": 2},
     ):
-        at = {s: point[str(s)] for s in symbols}
-        there = {s: point[str(s)] for s in (right.expr.free_symbols if right else ())}
+        at = {s: sympy.Integer(point[str(s)]) for s in symbols}
+        there = {s: sympy.Integer(point[str(s)]) for s in (right.expr.free_symbols if right else ())}
         assert value.xreplace(at) == (right.expr.xreplace(there) if right else again)
 
 
