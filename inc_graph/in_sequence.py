@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from inc_graph.aside import Aside, Kept
 from inc_graph.errors import CalibrationError
 from inc_graph.fast import fast_dtype
 from inc_graph.gram import GramObserver
@@ -38,13 +39,18 @@ class InSequence:
         gm: The observed graph. Taken over: its gram observers are filled and emptied.
         calls: For each call a value for each placeholder.
         step: Told the name of each layer that is rounded.
+        aside: Where the values of calls wait for the other calls; None: in memory.
 
     Attributes:
         seconds: That the calls took.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, calls: Sequence[Sequence[Any]], step: Callable[[str], None] = lambda text: None
+        self,
+        gm: fx.GraphModule,
+        calls: Iterable[Sequence[Any]],
+        step: Callable[[str], None] = lambda text: None,
+        aside: Aside | None = None,
     ) -> None:
         self.step, self.seconds = step, 0.0
         self._layers = {n.name: n for n in gm.graph.nodes if "weight" in peek_meta(n)}
@@ -58,7 +64,7 @@ class InSequence:
         weights = [get_tensor(gm, weight_of(n)) for n in self._layers.values()]
         plain = all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
         goals = [node for node, _ in self._stops.values()]
-        self.calls = SideBySide(gm, calls, goals, plain and fast_dtype() == torch.bfloat16)
+        self.calls = SideBySide(gm, calls, goals, plain and fast_dtype() == torch.bfloat16, aside)
 
     def get(self, name: str | None) -> Gram | None:
         """What is known of the values that a gram observer stands for; None for None.
@@ -97,7 +103,7 @@ def weight_of(layer: fx.Node) -> fx.Node:
     return found
 
 
-def _collect(observer: GramObserver, values: list[Tensor]) -> None:
+def _collect(observer: GramObserver, values: list[Tensor] | Kept) -> None:
     try:
         for x in values if observer.unfold is not None else _joined(values):
             observer(x)
@@ -109,7 +115,7 @@ def _collect(observer: GramObserver, values: list[Tensor]) -> None:
         raise CalibrationError(text, node=e.node, module=e.module, hint=e.hint) from e
 
 
-def _joined(values: list[Tensor]) -> Iterator[Tensor]:
+def _joined(values: list[Tensor] | Kept) -> Iterator[Tensor]:
     """The rows [n, in] of all values, some thousands at a time."""
     some: list[Tensor] = []
     for i, x in enumerate(values):

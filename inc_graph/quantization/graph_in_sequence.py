@@ -1,16 +1,20 @@
 """The calls that a prepared graph has kept, computed when it is converted: its layers are rounded in sequence.
 
-See `inc_graph.in_sequence`. Where the calls would hold too much while they wait for each other, they run through the
-float graph one after the other, and each layer is rounded on its inputs there.
+See `inc_graph.in_sequence`. Where the calls would hold too much while they wait for each other, they wait in a
+temporary file. If there is no room for that either, they run through the float graph one after the other, and each
+layer is rounded on its inputs there.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 
 from torch import fx
 
+from inc_graph.aside import Aside
 from inc_graph.errors import IncWarning
 from inc_graph.graph import clone, peek_meta
 from inc_graph.in_sequence import IN_SEQUENCE, InSequence
@@ -40,11 +44,16 @@ def begin(gm: fx.GraphModule, kept: KeptCalls | None, step: Callable[[str], None
     """
     if kept is None or kept.reason or not kept.calls:
         return "" if kept is None else kept.reason
-    sequence = InSequence(clone(gm), [flat_inputs(gm, *call) for call in kept.calls], step)
-    if (size := sequence.calls.waiting_bytes()) <= LIMIT:
+    sequence = InSequence(clone(gm), (flat_inputs(gm, *call) for call in kept.each()), step, kept.aside)
+    size, room = sequence.calls.waiting_bytes(), shutil.disk_usage(tempfile.gettempdir()).free
+    if size <= LIMIT or size < room:
+        if size > LIMIT and kept.aside is None:
+            sequence.calls.put_aside(Aside())
         gm.meta[IN_SEQUENCE] = sequence
         return sequence
+    del sequence
     run_kept(gm, kept)
-    reason = f"calls that wait for each other would hold {size / 2**30:.1f} GiB, and may hold {LIMIT / 2**30:.1f}"
+    where = f"there are {room / 2**30:.1f} for temporary files in {tempfile.gettempdir()}"
+    reason = f"calls that wait for each other would hold {size / 2**30:.1f} GiB, and {where}"
     warnings.warn(f"{IN_FLOAT}: {reason}", IncWarning, stacklevel=4)
     return reason

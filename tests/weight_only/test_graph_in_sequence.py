@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import tempfile
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,6 +305,7 @@ def test_deep_models_are_better_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         with_.append(error(convert(prepared, reference=True).graph, model, x))
         with monkeypatch.context() as patch:
             patch.setattr(graph_in_sequence, "LIMIT", -1)
+            patch.setattr(graph_in_sequence.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
             without.append(error(quietly(prepared, reference=True).graph, model, x))
     assert sum(with_) < 0.97 * sum(without), (with_, without)
 
@@ -444,21 +448,71 @@ def check_float_grams(grams: list[Gram], model: nn.Module, batches: list[Tensor]
         torch.testing.assert_close(gram.matrix, products(model, path, batches), rtol=1e-4, atol=1e-3)
 
 
-def test_calls_that_would_hold_too_much(grams: list[Gram], monkeypatch: pytest.MonkeyPatch) -> None:
+def files_of(monkeypatch: pytest.MonkeyPatch, room: bool) -> list[Any]:
+    """The temporary files that are made from now on; without room they take nothing."""
+    found: list[Any] = []
+    made = tempfile.TemporaryFile
+
+    class Full(io.RawIOBase):
+        def write(self, data: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+        def seek(self, *args: Any) -> int:
+            return 0
+
+    def file(**kwargs: Any) -> Any:
+        found.append(made(**kwargs) if room else Full())
+        return found[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", file)
+    return found
+
+
+@pytest.mark.parametrize("where", ["arguments", "values"])
+def test_calls_that_hold_too_much_wait_in_a_file(
+    where: str, computed: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = made(), [torch.cat([x] * 4) for x in data()]
+    want = quietly(prepared_graph(model, batches=batches))
+    files = files_of(monkeypatch, room=True)
+    monkeypatch.setattr(kept_calls if where == "arguments" else graph_in_sequence, "LIMIT", batches[0].nbytes + 1)
+    prepared = prepared_graph(model, batches=batches[:2])
+    sequence = SideBySide.to
+    held: list[int] = []
+
+    def watched(self: SideBySide, goal: Any) -> Any:
+        found = sequence(self, goal)
+        held.append(sum(x.nbytes for x in self.held() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)))
+        return found
+
+    monkeypatch.setattr(SideBySide, "to", watched)
+    for x in batches[2:]:
+        prepared(x)
+    first = quietly(prepared)
+    assert len(files) == 1 and not in_float(first)
+    assert len(held) == 6 and max(held) == 0, "while calls wait, nothing of them is in memory"
+    assert torch.equal(first(batches[0]), want(batches[0]))
+    assert torch.equal(quietly(copy.deepcopy(prepared))(batches[0]), want(batches[0]))
+
+
+def test_no_room_for_calls_that_wait(grams: list[Gram], monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = made(), data()
     prepared = prepared_graph(model, batches=batches)
     monkeypatch.setattr(graph_in_sequence, "LIMIT", 1000)
+    usage = SimpleNamespace(free=2000)
+    monkeypatch.setattr(graph_in_sequence.shutil, "disk_usage", lambda folder: usage)
     with pytest.warns(IncWarning, match=r"in the float model.*calls that wait for each other would hold"):
         q: Any = convert(prepared)
-    assert "calls that wait for each other would hold" in in_float(q)
+    assert "calls that wait for each other would hold" in in_float(q) and "for temporary files" in in_float(q)
     check_float_grams(grams, model, batches)
 
 
-def test_arguments_that_would_hold_too_much(grams: list[Gram], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = made(), data()
+def test_no_room_for_arguments(grams: list[Gram], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = made(), [torch.cat([x] * 4) for x in data()]
+    files_of(monkeypatch, room=False)
     monkeypatch.setattr(kept_calls, "LIMIT", batches[0].nbytes + batches[1].nbytes + 1)
     prepared = prepared_graph(model, batches=batches[:2])
-    with pytest.warns(IncWarning, match=r"in the float model.*the arguments of its calls take"):
+    with pytest.warns(IncWarning, match=r"in the float model.*the arguments of its calls take.*No space left"):
         prepared(batches[2])
     prepared(batches[3])
     q = quietly(prepared)
