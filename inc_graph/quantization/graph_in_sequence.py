@@ -10,7 +10,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -30,6 +32,17 @@ def layers_in(gm: fx.GraphModule) -> int:
     return sum("weight" in peek_meta(n) for n in gm.graph.nodes)
 
 
+@dataclass
+class _Flat:
+    """The kept calls, each as a value for each placeholder."""
+
+    gm: fx.GraphModule
+    kept: KeptCalls
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return (flat_inputs(self.gm, *call) for call in self.kept.each())
+
+
 def begin(gm: fx.GraphModule, kept: KeptCalls | None, step: Callable[[str], None]) -> InSequence | str:
     """Have the layers of an observed graph rounded in sequence by the pass that converts it.
 
@@ -44,7 +57,7 @@ def begin(gm: fx.GraphModule, kept: KeptCalls | None, step: Callable[[str], None
     """
     if kept is None or kept.reason or not kept.calls:
         return "" if kept is None else kept.reason
-    sequence = InSequence(clone(gm), (flat_inputs(gm, *call) for call in kept.each()), step, kept.aside)
+    sequence = InSequence(clone(gm), _Flat(gm, kept), step, kept.aside)
     size, room = sequence.calls.waiting_bytes(), shutil.disk_usage(tempfile.gettempdir()).free
     if size <= LIMIT or size < room:
         if size > LIMIT and kept.aside is None:

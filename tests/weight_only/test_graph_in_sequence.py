@@ -427,13 +427,50 @@ def test_beside_what_observes_activations_calls_compute() -> None:
     assert torch.equal(quietly(prepared)(batches[0]), q(batches[0]))  # so it counts nowhere
 
 
-def test_a_tied_layer_is_rounded_once(grams: list[Gram]) -> None:
+@pytest.mark.parametrize("way", ["in sequence", "in a file", "in the float model"])
+def test_a_tied_layer_is_rounded_once_on_all_of_its_inputs(
+    grams: list[Gram], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batches = made(blocks=2), data()
     model.blocks[1].q.weight = model.blocks[0].q.weight
+    monkeypatch.setattr(graph_in_sequence, "LIMIT", 1 << 31 if way == "in sequence" else -1)
+    if way == "in the float model":
+        monkeypatch.setattr(graph_in_sequence.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     q = quietly(prepared_graph(model, batches=batches))
+    assert bool(in_float(q)) == (way == "in the float model")
     assert len(grams) == 5 and len({line.name for line in q.report.weights}) == 6
     weights = float_weights(q)
     assert torch.equal(weights["blocks.0.q"], weights["blocks.1.q"])
+    both = products(model, "blocks.0.q", batches) + products(model, "blocks.1.q", batches)
+    assert float((grams[0].matrix - both).norm() / both.norm()) < 0.02  # bfloat16
+    assert grams[0].count == 2 * sum(map(len, batches))
+    if way != "in the float model":  # k of the second block is not tied, and sees what the rounded layers give
+        mixed = copy.deepcopy(model)
+        for path in ("blocks.0.q", "blocks.0.k", "blocks.0.down"):
+            mixed.get_submodule(path).weight.data = weights[path]
+        want, plain = products(mixed, "blocks.1.k", batches), products(model, "blocks.1.k", batches)
+        assert float((grams[3].matrix - want).norm()) < 0.2 * float((plain - want).norm())
+
+
+def test_a_layer_that_is_called_several_times(grams: list[Gram]) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = self.layer(x).tanh() * 2
+            return x
+
+    model, batches = made(Again), data()
+    q = quietly(prepared_graph(model, batches=batches))
+    want = products(model, "layer", batches)  # of all three calls
+    assert len(grams) == 1 and float((grams[0].matrix - want).norm() / want.norm()) < 0.02
+    assert grams[0].count == 3 * sum(map(len, batches)) and error(q, model, batches[0]) < 0.5
+    bad = prepared_graph(model, batches=[*batches[:2], batches[2].index_fill(0, torch.tensor(0), torch.inf)])
+    with pytest.raises(CalibrationError, match="its input holds NaN or infinity"):
+        convert(bad)
 
 
 # ------------------------------------------------------------------------------------------------------ where it is not
