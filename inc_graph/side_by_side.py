@@ -2,6 +2,7 @@
 
 A call is the values that somebody still has to read: each is dropped after its last reader. What depends on no input is
 computed once for all calls. So the whole graph is computed once for each call, wherever the calls stop in between.
+While the others go on, the values of a call may wait in a file.
 
 With `fast`, layers and what is computed of their results run under autocast to bfloat16. What stands before the first
 layer does not: positions and angles of a rotary embedding are no numbers to be rounded to 8 bits.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from inc_graph.aside import Aside, Kept, Waiting
 from inc_graph.errors import IncError
 from inc_graph.graph import get_attr, peek_meta, val
 
@@ -45,18 +47,56 @@ def _draws(node: fx.Node) -> bool:
     return given.get("train", True) is not False and given.get("dropout_p", given.get("p", 1.0)) != 0.0
 
 
+class _Values:
+    """The values of one call by node. Of those that wait in a file, one that is read is in memory until `rest`."""
+
+    def __init__(self, given: dict[fx.Node, Any]) -> None:
+        self.kept: dict[fx.Node, Any] = given
+        self.read: dict[fx.Node, Any] = {}
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self.kept
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        value = self.kept[node]
+        if not isinstance(value, Waiting):
+            return value
+        if node not in self.read:
+            self.read[node] = value.get()
+        return self.read[node]
+
+    def __setitem__(self, node: fx.Node, value: Any) -> None:
+        self.kept[node] = value
+
+    def drop(self, node: fx.Node) -> None:
+        self.kept.pop(node, None)
+        self.read.pop(node, None)
+
+    def rest(self, aside: Aside | None) -> None:
+        """The call does not go on for a while."""
+        self.read.clear()
+        if aside is not None:
+            self.kept = {n: x if isinstance(x, Waiting) else aside.put(x) for n, x in self.kept.items()}
+
+
 class SideBySide:
     """The calls, all at one place in the graph.
 
     Args:
         gm: Functional (see `why_not`). It is not changed, and must not be changed by others. Observers are identities.
-        calls: For each call a value for each placeholder.
+        calls: For each call a value for each placeholder; read once.
         goals: Where the calls are to stop. What none of these needs is not computed.
         fast: Compute in bfloat16, see above. What an observer stands for is bfloat16 then as well.
+        aside: Where the values of calls wait for the other calls; None: in memory.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, calls: Sequence[Sequence[Any]], goals: Collection[fx.Node], fast: bool = False
+        self,
+        gm: fx.GraphModule,
+        calls: Iterable[Sequence[Any]],
+        goals: Collection[fx.Node],
+        fast: bool = False,
+        aside: Aside | None = None,
     ) -> None:
         needed = _ancestors(goals)
         inputs = list(gm.graph.find_nodes(op="placeholder"))
@@ -75,10 +115,17 @@ class SideBySide:
             reader.update(dict.fromkeys(node.all_input_nodes, node))
         for value, node in reader.items():
             self.last.setdefault(node, []).append(value)
-        self._sizes = [sum(x.numel() for x in call if isinstance(x, Tensor)) for call in calls]
-        self._largest = calls[max(range(len(calls)), key=self._sizes.__getitem__)] if calls else []
-        self._calls = [{n: x for n, x in zip(inputs, call, strict=True) if n in needed} for call in calls]
-        self._inputs = inputs
+        self._aside, self._inputs = aside, inputs
+        self._sizes: list[int] = []
+        self._largest: list[Any] = []  # the arguments of the largest call; of tensors, their shapes
+        self._calls: list[_Values] = []
+        for call in calls:
+            size = sum(x.numel() for x in call if isinstance(x, Tensor))
+            if size >= max(self._sizes, default=0):
+                self._largest = [x.to("meta") if isinstance(x, Tensor) else x for x in call]
+            self._sizes.append(size)
+            self._calls.append(_Values({n: x for n, x in zip(inputs, call, strict=True) if n in needed}))
+            self._calls[-1].rest(aside)
         self._shared: dict[fx.Node, Any] = {}
         self._instead: dict[fx.Node, tuple[fx.Node, Tensor]] = {}
         self._place = {node: i for i, node in enumerate(self.nodes)}
@@ -93,34 +140,43 @@ class SideBySide:
         """Let one node, which is still ahead, read a tensor instead of a value."""
         self._instead[reader] = value, nn.Parameter(by) if self.fast else by
 
-    def to(self, goal: fx.Node) -> list[Any]:
+    def put_aside(self, aside: Aside) -> None:
+        """From now on the values of calls wait there."""
+        self._aside = aside
+        for values in self._calls:
+            values.rest(aside)
+
+    def to(self, goal: fx.Node) -> list[Any] | Kept:
         """Let all calls go on until `goal`, which is ahead, is computed; its value in each of them. No gradients."""
         if not self.ahead(goal):
             raise IncError("the calls have passed this node, or do not come there", node=goal)
         start, self._at = self._at, self._place[goal] + 1
-        part = self.nodes[start : self._at]
+        part, nothing = self.nodes[start : self._at], _Values({})
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.fast):
             for node in part:
                 if node in self.common:
-                    self._shared[node] = self._compute(node, {})
+                    self._shared[node] = self._compute(node, nothing)
             own = [node for node in part if node not in self.common or node in self.last]
             for values in self._calls:
                 for node in own:
                     if node not in self.common:
                         values[node] = self._compute(node, values)
                     for dead in self.last.get(node, ()):
-                        values.pop(dead, None)
+                        values.drop(dead)
+                values.rest(self._aside)
         for node in part:
             self._instead.pop(node, None)
             for dead in self.last.get(node, ()):
                 self._shared.pop(dead, None)
-        return [self._shared[goal] if goal in self.common else values[goal] for values in self._calls]
+        found = [self._shared[goal] if goal in self.common else values.kept[goal] for values in self._calls]
+        return found if self._aside is None else Kept(found, None)
 
     def held(self) -> list[Any]:
-        """The values that are held at this moment, for all calls."""
-        return [x for values in (*self._calls, self._shared) for x in values.values()]
+        """The values that are in memory at this moment, for all calls."""
+        kept = [x for values in self._calls for x in values.kept.values() if not isinstance(x, Waiting)]
+        return [*kept, *self._shared.values()]
 
-    def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    def _compute(self, node: fx.Node, values: _Values) -> Any:
         if node.op == "get_attr":
             return self._constant(node)
         weight, instead = self._instead.get(node, (None, None))

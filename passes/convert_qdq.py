@@ -58,6 +58,7 @@ class _State:
     params: dict[tuple[Group, int], Params] = field(default_factory=dict)
     weights: dict[Any, tuple[fx.Node, Codes]] = field(default_factory=dict)
     grams: dict[Any, Gram] | InSequence = field(default_factory=dict)  # name of a gram observer -> what it is to know
+    inputs: dict[Any, list[str]] = field(default_factory=dict)  # weight -> gram observers of the layers that share it
 
 
 @PASSES.register("convert-qdq")
@@ -84,6 +85,10 @@ class ConvertQDQ(Pass):
             replace_uses(node, node.args[0])
             gm.graph.erase_node(node)
         state = _State(gm, Maker(gm), groups, grams=grams)
+        for node in gm.graph.nodes:
+            if (name := peek_meta(node).get("weight", {}).get("gram")) is not None:
+                names = state.inputs.setdefault(_identity(gm, node), [])
+                names += [name] if name not in names else []
         for value in list(gm.graph.nodes):
             for key, quant in peek_meta(value).get("quant", {}).items():
                 _pair(state, value, key, quant)
@@ -179,17 +184,14 @@ def _weight(state: _State, layer: fx.Node) -> None:
     pattern = pattern_of(layer)
     assert pattern is not None and pattern.weight is not None
     read: Any = argument(layer, pattern.weight)
-    annotation = inc_meta(layer)["weight"]
+    annotation, identity = inc_meta(layer)["weight"], _identity(state.gm, layer)
     annotation.pop("mean", None)
     gram = annotation.pop("gram", None)
     tensor = get_tensor(state.gm, read)
-    memory = view_key(tensor)
     trained = state.gm.meta.get(TRAINED, {}).get(layer.name)
-    own = None if trained is None else layer.name  # a learned scale is one layer's
-    identity = (memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"], own)
     if identity not in state.weights:
         if trained is None:
-            codes = _solved(layer, tensor, annotation, state.grams.get(gram))
+            codes = _solved(layer, tensor, annotation, _gram(state, gram, identity))
         else:
             codes = codes_by_range(tensor, *trained, QSpec.from_json(annotation["spec"]))
         name = read.target.replace(".", "_")
@@ -204,6 +206,25 @@ def _weight(state: _State, layer: fx.Node) -> None:
         order = state.make.read(f"{read.target.replace('.', '_')}_order", codes.order)
         source: Any = layer.args[0]
         set_arguments(layer, {0: state.make.call(_SELECT, (source, -1, order), after=source, like=layer)})
+
+
+def _identity(gm: fx.GraphModule, layer: fx.Node) -> Any:
+    """Equal for layers whose weights become one carrier."""
+    pattern, annotation = pattern_of(layer), peek_meta(layer)["weight"]
+    assert pattern is not None and pattern.weight is not None
+    memory = view_key(get_tensor(gm, argument(layer, pattern.weight)))
+    own = layer.name if layer.name in gm.meta.get(TRAINED, {}) else None  # a learned scale is one layer's
+    return memory, str(QSpec.from_json(annotation["spec"])), annotation["algorithm"], own
+
+
+def _gram(state: _State, name: str | None, identity: Any) -> Gram | None:
+    """The inputs of a layer, together with those of all layers behind it that share its weight."""
+    first = state.grams.get(name)
+    others = [n for n in state.inputs.get(identity, []) if n != name]
+    if first is None or not others:
+        return first
+    more = [state.grams.later(n) if isinstance(state.grams, InSequence) else state.grams[n] for n in others]
+    return Gram(sum((g.matrix for g in more), first.matrix), first.count + sum(g.count for g in more))
 
 
 _SELECT = torch.ops.aten.index_select.default

@@ -163,7 +163,7 @@ def test_tables() -> None:
     table = weight_only.table([float_row, ours, peer, failed])
     assert list(table.columns[6].cells) == ["", "0.25", "", ""] and list(table.columns[2].cells)[3] == "failed"
     rows = [memory.Row(memory.IMPORTS, 5_000_000), memory.Row("RTN", 9_000_000, 1.0, 40.0), memory.Row("x", note="no")]
-    assert list(memory.table(rows).columns[2].cells) == ["0", "4", ""]
+    assert list(memory.table(rows).columns[2].cells) == ["0 MB", "4 MB", ""]
 
 
 # --- the real model --------------------------------------------------------------------------------------------------
@@ -229,8 +229,9 @@ def test_quick_race(tmp_path: Path) -> None:
 @pytest.mark.real_model
 def test_memory_is_that_of_the_process() -> None:
     ballast = torch.ones(2**30, dtype=torch.uint8)
-    rows = memory.race(["RTN in memory", "RTN streamed"], quick=True, say=lambda text: None)
-    imports, whole, streamed = rows
+    rows = memory.race(["RTN in memory", "RTN streamed", "GPTQ streamed"], quick=True, say=lambda text: None)
+    imports, whole, streamed, calibrated = rows
     assert imports.peak < ballast.nbytes, "memory of the process that started it is not counted"
     assert imports.peak < streamed.peak < whole.peak, [row.note for row in rows]
-    assert streamed.peak - imports.peak < 0.6e9 and streamed.perplexity == pytest.approx(whole.perplexity, rel=1e-3)
+    assert streamed.peak - imports.peak < 0.3e9 and streamed.perplexity == pytest.approx(whole.perplexity, rel=1e-3)
+    assert calibrated.peak - imports.peak < 0.45e9, calibrated.note

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inc_graph.aside import Kept
 from inc_graph.errors import CalibrationError, IncError
 from inc_graph.fast import fast_dtype
 from inc_graph.graph import peek_meta
@@ -33,7 +34,7 @@ from inc_graph.quantization.layer_groups import Apart, Group, Pause, input_of, t
 from inc_graph.quantization.layers import put
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.lockstep import Lockstep
-from inc_graph.quantization.streaming import is_streamed
+from inc_graph.quantization.streaming import give_back, is_streamed
 from inc_graph.quantization.tail import run_tail
 
 __all__ = ["BlockByBlock"]
@@ -57,7 +58,7 @@ class BlockByBlock:
     model: nn.Module
     inputs: BlockInputs
     places: dict[Leaf, list[str]]
-    hidden: list[Tensor] = field(init=False)
+    hidden: Kept = field(init=False)
     done: dict[Leaf, Leaf] = field(init=False, default_factory=dict)
     block: int = field(init=False, default=-1)
     groups: list[Group] = field(init=False, default_factory=list)
@@ -70,7 +71,7 @@ class BlockByBlock:
     twins: dict[Leaf, nn.Module] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.hidden = [call.hidden for call in self.inputs.calls]
+        self.hidden = self.inputs.hidden()
 
     # --------------------------------------------------------------------------------------------------------- order
     def order(self) -> Iterator[Leaf]:
@@ -327,7 +328,7 @@ class BlockByBlock:
             ends = self._go_on()
             self.close()
             if ends is not None and all(isinstance(x, Tensor) for x in ends):
-                self.hidden = ends
+                self.hidden = Kept(ends, None)
                 return
         for i, call in enumerate(self.inputs.calls):
             try:
@@ -356,6 +357,8 @@ class BlockByBlock:
         """As `_placed`, and ready to run data through."""
         with self._placed() as twins, torch.no_grad(), self._autocast():
             yield twins
+        if self.inputs.aside is not None:
+            give_back()
 
     def _autocast(self) -> Any:
         """Autocast to bfloat16, where that is fast and the model takes it."""

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from inc_graph.aside import Aside, Kept, Waiting
 from inc_graph.errors import CalibrationError
 from inc_graph.gram import GramObserver
 from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.leaf import Leaf
+from inc_graph.quantization.streaming import is_streamed
 
 __all__ = ["BlockInputs", "Call", "NotComputed", "block_inputs_of", "copies", "grams", "stop_at_blocks", "undo"]
 
@@ -61,13 +63,13 @@ class Call:
     """Arguments of one call of a block, as copies: whoever calls may use the memory again.
 
     Attributes:
-        hidden: What flows from block to block.
+        hidden: What flows from block to block; it may wait in a file.
         name: The keyword that it is passed by; None: it is the first argument.
         args, kwargs: The others.
         whole: Arguments of the model's call, if its tail is wanted.
     """
 
-    hidden: Tensor
+    hidden: Tensor | Waiting
     name: str | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -97,6 +99,7 @@ class BlockInputs:
         calls: One for each call of the model.
         chain: None until the first batch was seen; then "" or the reason why the blocks are none.
         tuples: Whether a block gives a tuple, its first item being what goes on.
+        aside: Where what flows from block to block waits; None: in memory.
         closed: Calibration is over: calls run the whole model, and are not kept.
     """
 
@@ -105,7 +108,20 @@ class BlockInputs:
     calls: list[Call] = field(default_factory=list)
     chain: str | None = None
     tuples: bool = False
+    aside: Aside | None = None
     closed: bool = False
+
+    def hidden(self) -> Kept:
+        """What flows into the first block, of each call."""
+        return Kept([call.hidden for call in self.calls], self.aside)
+
+    def keep(self, hidden: Tensor, name: str | None, rest: tuple[tuple[Any, ...], dict[str, Any]], whole: Any) -> None:
+        """One more call, of what is copied already. What is the same as in the call before is kept once."""
+        if self.calls:
+            before = self.calls[-1]
+            rest = _shared(rest, (before.args, before.kwargs))
+        put = hidden if self.aside is None else self.aside.put(hidden)
+        self.calls.append(Call(put, name, *rest, whole))
 
 
 def block_inputs_of(model: nn.Module) -> BlockInputs | None:
@@ -121,6 +137,8 @@ def stop_at_blocks(model: nn.Module, leaves: dict[Leaf, list[str]]) -> None:
     if (found := _blocks(model, asking)) is None:
         return
     known = model.__dict__[_MARK] = BlockInputs(found)
+    if any(is_streamed(leaf) for leaf in leaves):  # of a model that is not to be in memory, its inputs need not be
+        known.aside = Aside()
     inside = [leaf for leaf, paths in asking.items() if any(p.startswith(f"{b}.") for p in paths for b in found)]
     if any(o.unfold is not None for leaf in inside for o in grams(leaf)):
         known.chain = "there are convolutions in its blocks"
@@ -173,8 +191,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 f"calibration batch {len(known.calls) + 1}: {nan} NaN and {inf} infinite values of {first.numel()}"
                 " reach the first block", module=known.paths[0], hint="check that batch",
             )  # fmt: skip
-        others, named = copies(_kept(rest))
-        known.calls.append(Call(copies(first), name, others, named, whole))
+        known.keep(copies(first), name, copies(_kept(rest)), whole)
         raise Stop("the inputs of the first block are known")
 
     hook = block.register_forward_pre_hook(take, with_kwargs=True)
@@ -314,6 +331,17 @@ class _Chain:
         return ""
 
 
+def _shared(new: Any, old: Any) -> Any:
+    """The tree `new` with the tensors of `old` where they are equal: masks and angles are, from call to call."""
+    leaves, spec = pytree.tree_flatten(new)
+    others, other = pytree.tree_flatten(old)
+    if spec != other:
+        return new
+    pairs = zip(leaves, others, strict=True)
+    same = (b if isinstance(a, Tensor) and isinstance(b, Tensor) and _same(a, b) else a for a, b in pairs)
+    return pytree.tree_unflatten(list(same), spec)
+
+
 def _leaves(rest: Any) -> list[Any]:
     return pytree.tree_leaves(rest, is_leaf=_is_cache)
 
@@ -322,7 +350,7 @@ def _same(a: Any, b: Any) -> bool:
     if a is b or (_is_cache(a) and _is_cache(b)):
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
     try:
         return bool(a == b)
     except Exception:

@@ -1,16 +1,22 @@
 """The calls that a prepared graph has kept, computed when it is converted: its layers are rounded in sequence.
 
-See `inc_graph.in_sequence`. Where the calls would hold too much while they wait for each other, they run through the
-float graph one after the other, and each layer is rounded on its inputs there.
+See `inc_graph.in_sequence`. Where the calls would hold too much while they wait for each other, they wait in a
+temporary file. If there is no room for that either, they run through the float graph one after the other, and each
+layer is rounded on its inputs there.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
+from inc_graph.aside import Aside
 from inc_graph.errors import IncWarning
 from inc_graph.graph import clone, peek_meta
 from inc_graph.in_sequence import IN_SEQUENCE, InSequence
@@ -24,6 +30,17 @@ IN_FLOAT = "layers were rounded on their inputs in the float model, not on what 
 def layers_in(gm: fx.GraphModule) -> int:
     """How many layers with quantized weights a graph has: steps of the progress that `begin` tells."""
     return sum("weight" in peek_meta(n) for n in gm.graph.nodes)
+
+
+@dataclass
+class _Flat:
+    """The kept calls, each as a value for each placeholder."""
+
+    gm: fx.GraphModule
+    kept: KeptCalls
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return (flat_inputs(self.gm, *call) for call in self.kept.each())
 
 
 def begin(gm: fx.GraphModule, kept: KeptCalls | None, step: Callable[[str], None]) -> InSequence | str:
@@ -40,11 +57,16 @@ def begin(gm: fx.GraphModule, kept: KeptCalls | None, step: Callable[[str], None
     """
     if kept is None or kept.reason or not kept.calls:
         return "" if kept is None else kept.reason
-    sequence = InSequence(clone(gm), [flat_inputs(gm, *call) for call in kept.calls], step)
-    if (size := sequence.calls.waiting_bytes()) <= LIMIT:
+    sequence = InSequence(clone(gm), _Flat(gm, kept), step, kept.aside)
+    size, room = sequence.calls.waiting_bytes(), shutil.disk_usage(tempfile.gettempdir()).free
+    if size <= LIMIT or size < room:
+        if size > LIMIT and kept.aside is None:
+            sequence.calls.put_aside(Aside())
         gm.meta[IN_SEQUENCE] = sequence
         return sequence
+    del sequence
     run_kept(gm, kept)
-    reason = f"calls that wait for each other would hold {size / 2**30:.1f} GiB, and may hold {LIMIT / 2**30:.1f}"
+    where = f"there are {room / 2**30:.1f} for temporary files in {tempfile.gettempdir()}"
+    reason = f"calls that wait for each other would hold {size / 2**30:.1f} GiB, and {where}"
     warnings.warn(f"{IN_FLOAT}: {reason}", IncWarning, stacklevel=4)
     return reason

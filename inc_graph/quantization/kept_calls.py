@@ -5,8 +5,8 @@ known before these are rounded. So a call only keeps its arguments, and computes
 `graph_in_sequence` does the rest. The calls ride in the `meta` of the graph, so that its copies have them too; copies
 share the tensors, which nobody writes to.
 
-Where calls cannot be computed side by side, or their arguments hold too much, layers see their inputs in the float
-model, as the data runs; the report says why.
+Arguments that hold too much are put into a temporary file. Where there is no room for them, or calls cannot be computed
+side by side, layers see their inputs in the float model, as the data runs; the report says why.
 
 A graph that is smoothed keeps its calls as well, and computes them too: channel observers watch now, and the calls run
 once more through the smoothed graph. Of calls that hold too much the first are kept.
@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
+from inc_graph.aside import Aside, Kept, Waiting
 from inc_graph.channel_stats import ChannelObserver
-from inc_graph.errors import CalibrationError, IncWarning
+from inc_graph.errors import CalibrationError, IncError, IncWarning
 from inc_graph.gram import GramObserver
 from inc_graph.graph import get_attr
 from inc_graph.side_by_side import why_not
@@ -34,7 +35,7 @@ __all__ = ["LIMIT", "KeptCalls", "flat_inputs", "forget_calls", "keep_calls", "k
 _MARK = "inc_kept_calls"
 
 LIMIT = 2 << 30
-"""Bytes that the arguments of all calls may hold; and what they compute, where they wait for each other."""
+"""Bytes that the arguments of all calls may hold in memory; and what they compute, where they wait for each other."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -48,7 +49,7 @@ class KeptCalls:
         again: The calls are kept to be run once more; all observers look at them now, too.
 
     Attributes:
-        calls: Their tensors are copies: whoever calls may use the memory again.
+        aside: Where the calls are; None: in memory.
         bytes: Of all these tensors.
         left_out: Calls that were not kept, since those before them hold too much. Only with `again`.
     """
@@ -56,7 +57,8 @@ class KeptCalls:
     def __init__(self, instead: Callable[[], Any] | None, reason: str, again: bool = False) -> None:
         self.instead, self.reason, self.again = instead, reason, again
         self.left_out = 0
-        self.calls: list[Call] = []
+        self.calls: list[Call | Waiting] = []
+        self.aside: Aside | None = None
         self.bytes = 0
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -65,13 +67,29 @@ class KeptCalls:
         self.bytes += _nbytes(call)
         self.calls.append(call)
 
+    def each(self) -> Iterator[Call]:
+        """The calls. Their tensors are copies: whoever calls may use the memory again."""
+        return iter(Kept(self.calls, None))
+
+    def put_aside(self) -> str:
+        """Put the calls that are in memory into a file. "", or why that is not possible."""
+        aside = Aside() if self.aside is None else self.aside
+        try:
+            self.calls = [call if isinstance(call, Waiting) else aside.put(call) for call in self.calls]
+        except IncError as e:
+            return e.message
+        self.aside = aside
+        return ""
+
     def take_back(self) -> None:
         """The last call does not count."""
-        self.bytes -= _nbytes(self.calls.pop())
+        self.bytes -= _nbytes(Kept(self.calls, None)[-1])
+        self.calls.pop()
 
     def __copy__(self) -> KeptCalls:
         new = KeptCalls(self.instead, self.reason, self.again)
         new.calls, new.bytes, new.left_out = list(self.calls), self.bytes, self.left_out
+        new.aside = self.aside
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptCalls:
@@ -119,7 +137,7 @@ def run_kept(gm: fx.GraphModule, kept: KeptCalls) -> None:
         for observer in grams:
             observer.enabled = True
         with torch.no_grad():
-            for args, kwargs in kept.calls:
+            for args, kwargs in kept.each():
                 type(gm).forward(gm, *args, **kwargs)  # without the hooks: nothing is checked again
     finally:
         for observer, enabled in zip(grams, before, strict=True):
@@ -174,8 +192,10 @@ def _called(
             raise CalibrationError(text, hint="check that batch")
     kept.add(args, kwargs)
     try:
-        if kept.bytes > LIMIT:
-            _no_more(kept) if kept.again else _give_up(gm, kept)
+        if kept.bytes > LIMIT and kept.again:
+            _no_more(kept)
+        elif kept.bytes > LIMIT and (why := kept.put_aside()):
+            _give_up(gm, kept, why)
         if kept.again:
             return own(gm, *args, **kwargs)
         if kept.instead is not None:
@@ -202,7 +222,7 @@ def _no_more(kept: KeptCalls) -> None:
         warnings.warn(f"{text}: {why}", IncWarning, stacklevel=7)
 
 
-def _give_up(gm: fx.GraphModule, kept: KeptCalls) -> None:
+def _give_up(gm: fx.GraphModule, kept: KeptCalls, why: str) -> None:
     """Run what is kept through the float graph; what will come runs through it at once."""
     del gm.meta[_MARK]
     try:
@@ -210,7 +230,7 @@ def _give_up(gm: fx.GraphModule, kept: KeptCalls) -> None:
     finally:
         gm.meta[_MARK] = kept
     size = f"{kept.bytes / 2**30:.1f} GiB"
-    kept.calls, kept.bytes = [], 0
-    kept.reason = f"the arguments of its calls take {size}, and {LIMIT / 2**30:.1f} GiB are kept"
+    kept.calls, kept.bytes, kept.aside = [], 0, None
+    kept.reason = f"the arguments of its calls take {size}, and {LIMIT / 2**30:.1f} GiB are kept in memory; {why}"
     text = "layers will be rounded on their inputs in the float model, not on what the rounded ones before them give"
     warnings.warn(f"{text}: {kept.reason}", IncWarning, stacklevel=7)

@@ -37,7 +37,7 @@ def smooth_first(
     end = names.index(_PASS) + 1
     reason = why_not(gm)
     if kept is not None and kept.calls:
-        gm.meta[CALLS] = Recalls([flat_inputs(gm, *call) for call in kept.calls], grams=bool(reason))
+        gm.meta[CALLS] = Recalls([flat_inputs(gm, *call) for call in kept.each()], grams=bool(reason))
     result = Pipeline(pipeline.passes[:end]).run(gm, on_pass=step)
     sequence = None
     if kept is not None and any(isinstance(m, GramObserver) for m in result.graph.modules()):

@@ -33,6 +33,7 @@ __all__ = [
     "fill_rest",
     "filled",
     "float_layer",
+    "give_back",
     "held",
     "is_streamed",
     "stream",
@@ -225,6 +226,7 @@ class _Stream:
         self.uses -= 1
         if self.uses == 0:
             _empty(gm, self.module)
+            give_back()
 
 
 def _empty(gm: fx.GraphModule, module: nn.Module) -> None:
@@ -271,10 +273,9 @@ def held(leaf: Leaf) -> Iterator[None]:
         yield
     finally:
         found.drop(gm)
-        _give_back()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Have the C library return memory that is not in use: what a layer took is scattered among what stays."""
     with suppress(AttributeError, OSError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

@@ -8,12 +8,13 @@ in one call: does anything change if they give something else? Then the calls ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inc_graph.aside import Kept
 from inc_graph.gram import GramObserver
 from inc_graph.quantization.block_inputs import BlockInputs, copies, grams
 from inc_graph.quantization.layers import put
@@ -25,7 +26,7 @@ __all__ = ["run_tail"]
 def run_tail(
     model: nn.Module,
     inputs: BlockInputs,
-    hidden: Sequence[Tensor],
+    hidden: Kept,
     places: Mapping[Leaf, list[str]],
     done: Mapping[Leaf, Leaf],
 ) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import tempfile
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -304,6 +307,7 @@ def test_deep_models_are_better_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         with_.append(error(convert(prepared, reference=True).graph, model, x))
         with monkeypatch.context() as patch:
             patch.setattr(graph_in_sequence, "LIMIT", -1)
+            patch.setattr(graph_in_sequence.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
             without.append(error(quietly(prepared, reference=True).graph, model, x))
     assert sum(with_) < 0.97 * sum(without), (with_, without)
 
@@ -425,13 +429,50 @@ def test_beside_what_observes_activations_calls_compute() -> None:
     assert torch.equal(quietly(prepared)(batches[0]), q(batches[0]))  # so it counts nowhere
 
 
-def test_a_tied_layer_is_rounded_once(grams: list[Gram]) -> None:
+@pytest.mark.parametrize("way", ["in sequence", "in a file", "in the float model"])
+def test_a_tied_layer_is_rounded_once_on_all_of_its_inputs(
+    grams: list[Gram], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batches = made(blocks=2), data()
     model.blocks[1].q.weight = model.blocks[0].q.weight
+    monkeypatch.setattr(graph_in_sequence, "LIMIT", 1 << 31 if way == "in sequence" else -1)
+    if way == "in the float model":
+        monkeypatch.setattr(graph_in_sequence.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     q = quietly(prepared_graph(model, batches=batches))
+    assert bool(in_float(q)) == (way == "in the float model")
     assert len(grams) == 5 and len({line.name for line in q.report.weights}) == 6
     weights = float_weights(q)
     assert torch.equal(weights["blocks.0.q"], weights["blocks.1.q"])
+    both = products(model, "blocks.0.q", batches) + products(model, "blocks.1.q", batches)
+    assert float((grams[0].matrix - both).norm() / both.norm()) < 0.02  # bfloat16
+    assert grams[0].count == 2 * sum(map(len, batches))
+    if way != "in the float model":  # k of the second block is not tied, and sees what the rounded layers give
+        mixed = copy.deepcopy(model)
+        for path in ("blocks.0.q", "blocks.0.k", "blocks.0.down"):
+            mixed.get_submodule(path).weight.data = weights[path]
+        want, plain = products(mixed, "blocks.1.k", batches), products(model, "blocks.1.k", batches)
+        assert float((grams[3].matrix - want).norm()) < 0.2 * float((plain - want).norm())
+
+
+def test_a_layer_that_is_called_several_times(grams: list[Gram]) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = self.layer(x).tanh() * 2
+            return x
+
+    model, batches = made(Again), data()
+    q = quietly(prepared_graph(model, batches=batches))
+    want = products(model, "layer", batches)  # of all three calls
+    assert len(grams) == 1 and float((grams[0].matrix - want).norm() / want.norm()) < 0.02
+    assert grams[0].count == 3 * sum(map(len, batches)) and error(q, model, batches[0]) < 0.5
+    bad = prepared_graph(model, batches=[*batches[:2], batches[2].index_fill(0, torch.tensor(0), torch.inf)])
+    with pytest.raises(CalibrationError, match="its input holds NaN or infinity"):
+        convert(bad)
 
 
 # ------------------------------------------------------------------------------------------------------ where it is not
@@ -446,21 +487,71 @@ def check_float_grams(grams: list[Gram], model: nn.Module, batches: list[Tensor]
         torch.testing.assert_close(gram.matrix, products(model, path, batches), rtol=1e-4, atol=1e-3)
 
 
-def test_calls_that_would_hold_too_much(grams: list[Gram], monkeypatch: pytest.MonkeyPatch) -> None:
+def files_of(monkeypatch: pytest.MonkeyPatch, room: bool) -> list[Any]:
+    """The temporary files that are made from now on; without room they take nothing."""
+    found: list[Any] = []
+    made = tempfile.TemporaryFile
+
+    class Full(io.RawIOBase):
+        def write(self, data: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+        def seek(self, *args: Any) -> int:
+            return 0
+
+    def file(**kwargs: Any) -> Any:
+        found.append(made(**kwargs) if room else Full())
+        return found[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", file)
+    return found
+
+
+@pytest.mark.parametrize("where", ["arguments", "values"])
+def test_calls_that_hold_too_much_wait_in_a_file(
+    where: str, computed: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = made(), [torch.cat([x] * 4) for x in data()]
+    want = quietly(prepared_graph(model, batches=batches))
+    files = files_of(monkeypatch, room=True)
+    monkeypatch.setattr(kept_calls if where == "arguments" else graph_in_sequence, "LIMIT", batches[0].nbytes + 1)
+    prepared = prepared_graph(model, batches=batches[:2])
+    sequence = SideBySide.to
+    held: list[int] = []
+
+    def watched(self: SideBySide, goal: Any) -> Any:
+        found = sequence(self, goal)
+        held.append(sum(x.nbytes for x in self.held() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)))
+        return found
+
+    monkeypatch.setattr(SideBySide, "to", watched)
+    for x in batches[2:]:
+        prepared(x)
+    first = quietly(prepared)
+    assert len(files) == 1 and not in_float(first)
+    assert len(held) == 6 and max(held) == 0, "while calls wait, nothing of them is in memory"
+    assert torch.equal(first(batches[0]), want(batches[0]))
+    assert torch.equal(quietly(copy.deepcopy(prepared))(batches[0]), want(batches[0]))
+
+
+def test_no_room_for_calls_that_wait(grams: list[Gram], monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = made(), data()
     prepared = prepared_graph(model, batches=batches)
     monkeypatch.setattr(graph_in_sequence, "LIMIT", 1000)
+    usage = SimpleNamespace(free=2000)
+    monkeypatch.setattr(graph_in_sequence.shutil, "disk_usage", lambda folder: usage)
     with pytest.warns(IncWarning, match=r"in the float model.*calls that wait for each other would hold"):
         q: Any = convert(prepared)
-    assert "calls that wait for each other would hold" in in_float(q)
+    assert "calls that wait for each other would hold" in in_float(q) and "for temporary files" in in_float(q)
     check_float_grams(grams, model, batches)
 
 
-def test_arguments_that_would_hold_too_much(grams: list[Gram], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = made(), data()
+def test_no_room_for_arguments(grams: list[Gram], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = made(), [torch.cat([x] * 4) for x in data()]
+    files_of(monkeypatch, room=False)
     monkeypatch.setattr(kept_calls, "LIMIT", batches[0].nbytes + batches[1].nbytes + 1)
     prepared = prepared_graph(model, batches=batches[:2])
-    with pytest.warns(IncWarning, match=r"in the float model.*the arguments of its calls take"):
+    with pytest.warns(IncWarning, match=r"in the float model.*the arguments of its calls take.*No space left"):
         prepared(batches[2])
     prepared(batches[3])
     q = quietly(prepared)
