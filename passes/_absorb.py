@@ -87,7 +87,10 @@ class Producers:
         wanted = demands[node]
         if node.op == "get_attr":
             return self._constant(node, wanted, left, plan)
-        index, ties = _merged(list(wanted.values()))
+        merged = _merged(list(wanted.values()))
+        if merged is None:
+            return f"{node.name} is read in ways that do not fit together"
+        index, ties = merged
         others = [r for r, at in readers(node) if r not in wanted and not _apart(index, at)]
         if node.op != "call_function":
             return f"{node.name} is an input of the model"
@@ -122,10 +125,12 @@ class Producers:
         return self._go(left, plan.plus((), [Edit(node, reader, index) for reader, index in wanted.items()]))
 
 
-def _merged(indices: list[Tensor]) -> tuple[Tensor, list[Tie]]:
-    """One index for all who want a value scaled, and what has to be equal for that."""
+def _merged(indices: list[Tensor]) -> tuple[Tensor, list[Tie]] | None:
+    """One index for all who want a value scaled, and what has to be equal for that; None if their periods differ."""
     found, ties = indices[0], []
     for index in indices[1:]:
+        if any(m != n and 1 not in (m, n) for m, n in zip(found.shape, index.shape, strict=True)):
+            return None
         a, b = torch.broadcast_tensors(found, index)
         both = (a >= 0) & (b >= 0)
         ties += [(a[both], b[both])] if bool((a[both] != b[both]).any()) else []
