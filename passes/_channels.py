@@ -22,9 +22,9 @@ from torch import Tensor, fx
 
 from inc_graph.passes import _index_layers, _index_moves, _index_values
 from inc_graph.passes._index import NoWeight, Tie, Way, name_of
-from inc_graph.passes._index_moves import SPLITS, positions
+from inc_graph.passes._index_moves import SPLITS, TUPLES, positions
 
-__all__ = ["NoWeight", "Tie", "Way", "readers", "ways"]
+__all__ = ["TUPLES", "NoWeight", "Tie", "Way", "readers", "ways"]
 
 _RULES = {**_index_values.RULES, **_index_moves.RULES, **_index_layers.RULES}
 

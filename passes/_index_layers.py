@@ -140,5 +140,6 @@ RULES: dict[Any, Rule] = {
     **({aten.rms_norm.default: _norm(2, None, last=True)} if hasattr(aten, "rms_norm") else {}),
     aten.group_norm.default: _norm(2, 3, last=False), aten.instance_norm.default: _norm(1, 2, last=False),
     aten.batch_norm.default: _norm(1, 2, last=False),
+    aten._native_batch_norm_legit_no_training.default: _norm(1, 2, last=False),
     aten.embedding.default: _embedding,
 }  # fmt: skip

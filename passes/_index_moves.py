@@ -24,7 +24,7 @@ from inc_graph.passes._index import (
 )
 from inc_graph.passes._index_views import reshaped
 
-__all__ = ["RULES", "SPLITS", "part_of", "positions"]
+__all__ = ["RULES", "SPLITS", "TUPLES", "part_of", "positions"]
 
 aten = torch.ops.aten
 
@@ -100,6 +100,10 @@ def _swap(node: fx.Node, index: Tensor) -> Tensor:
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
 
 
+TUPLES = (aten._native_batch_norm_legit_no_training.default,)
+"""Operators that give a tuple, of which the first part is what counts; an index of the tuple is one of that."""
+
+
 def _cut(value: fx.Node, node: fx.Node) -> tuple[int, Any, bool] | None:
     """(dimension, indices or slice, whether the dimension goes) of what reads a part of a value; None for others."""
     if node.target is aten.slice.Tensor:
@@ -142,6 +146,8 @@ def positions(value: fx.Node, reader: fx.Node) -> Tensor | None:
 def part_of(node: fx.Node, index: Tensor) -> list[Way] | str:
     """Of what reads a part: the whole value is scaled, or that part of it."""
     source: Any = node.args[0]
+    if source.target in TUPLES and node.args[1] == 0:
+        return [Way([(source, index)])]
     if source.target in SPLITS:
         source = source.args[0]
     cut = _cut(source, node)

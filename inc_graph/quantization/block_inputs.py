@@ -26,7 +26,10 @@ from inc_graph.gram import GramObserver
 from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.leaf import Leaf
 
-__all__ = ["BlockInputs", "Call", "NotComputed", "block_inputs_of", "copies", "grams", "stop_at_blocks", "undo"]
+__all__ = [
+    "BlockInputs", "Call", "NotComputed", "block_inputs_of", "block_paths", "copies", "grams", "stop_at_blocks", "undo",
+    "without_caches",
+]  # fmt: skip
 
 _MARK = "_inc_block_inputs"
 
@@ -118,7 +121,7 @@ def stop_at_blocks(model: nn.Module, leaves: dict[Leaf, list[str]]) -> None:
     asking = {leaf: paths for leaf, paths in leaves.items() if observers_of(leaf)}
     if not asking or any(not isinstance(o, GramObserver) for leaf in asking for o in observers_of(leaf)):
         return
-    if (found := _blocks(model, asking)) is None:
+    if (found := block_paths(model, asking)) is None:
         return
     known = model.__dict__[_MARK] = BlockInputs(found)
     inside = [leaf for leaf, paths in asking.items() if any(p.startswith(f"{b}.") for p in paths for b in found)]
@@ -137,7 +140,7 @@ def undo(model: nn.Module) -> None:
             model.__dict__["forward"] = own
 
 
-def _blocks(model: nn.Module, asking: dict[Leaf, list[str]]) -> list[str] | None:
+def block_paths(model: nn.Module, asking: dict[Leaf, list[str]]) -> list[str] | None:
     """Paths of the entries of the outermost list that holds most of the layers, None without one of two or more."""
     best: list[str] = []
     most = 0
@@ -173,7 +176,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 f"calibration batch {len(known.calls) + 1}: {nan} NaN and {inf} infinite values of {first.numel()}"
                 " reach the first block", module=known.paths[0], hint="check that batch",
             )  # fmt: skip
-        others, named = copies(_kept(rest))
+        others, named = copies(without_caches(rest))
         known.calls.append(Call(copies(first), name, others, named, whole))
         raise Stop("the inputs of the first block are known")
 
@@ -202,7 +205,7 @@ def _split(
     return kwargs[name], name, ((), {k: v for k, v in kwargs.items() if k != name})
 
 
-def _kept(rest: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def without_caches(rest: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The rest of the arguments without a cache of keys and values: each replay would add to it."""
     args, kwargs = pytree.tree_map(lambda v: None if _is_cache(v) else v, rest, is_leaf=_is_cache)
     if "use_cache" in kwargs:

@@ -290,6 +290,14 @@ def test_embeddings_and_sums_of_them() -> None:
     assert found.by == "absorbed" and set(found.takers) == {"words", "places"}
 
 
+def test_a_batch_norm_before_a_convolution() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(outliers(4))  # type: ignore[arg-type]
+    found = lines(model, torch.randn(2, 4, 7, 7))
+    assert found["2"].by == "absorbed" and found["2"].takers == ("0",)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolutions(groups: int) -> None:
     class Convs(nn.Module):
