@@ -171,6 +171,24 @@ class ChannelObserver(nn.Module):
         lows, highs = zip(*found, strict=True)
         return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
+    def scaled(self, scale: Tensor) -> ChannelObserver:
+        """An observer that has seen the same data, each channel divided by its scale (float32 [channels], above 0)."""
+        new = ChannelObserver(self.axis, self.samples, self.node, self.module_path)
+        new.enabled, new.batch = self.enabled, self.batch
+
+        def by(x: Tensor) -> Tensor:
+            return x / scale.to(x.device).view([-1 if d == self.axis % x.ndim else 1 for d in range(x.ndim)])
+
+        def both(r: Range) -> Range:
+            return r[0] / scale.to(r[0].device), r[1] / scale.to(r[1].device)
+
+        first, second = (
+            h._replace(range=None if h.range is None else both(h.range), kept=tuple(map(by, h.kept)))
+            for h in self.seen.halves
+        )
+        new.seen = self.seen._replace(halves=(first, second), parts=tuple(map(both, self.seen.parts)))
+        return new
+
     def kept(self, half: int | None = None) -> list[Tensor]:
         """What was kept, of all data or one half: a tensor [rows, channels]; of a convolution [maps, channels, ...].
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from torch import Tensor
 
 from inc_graph.errors import ConfigError
 from inc_graph.options import parse_algorithm
+from inc_graph.smooth_report import SmoothLine
 
-__all__ = ["CRITERIA", "SAMPLES", "Smoothing"]
+__all__ = ["ABSORBED", "CRITERIA", "SAMPLES", "WHY", "Absorbed", "Smoothing"]
+
+ABSORBED = "inc_absorbed"
+"""Key of the `meta` of a graph under which `absorb-scales` leaves a list of `Absorbed`, and under `WHY` the reasons of
+others: {path of a layer: text}."""
+
+WHY = "inc_not_absorbed"
 
 SAMPLES = 32
 CRITERIA = ("max", "min", "mean")
@@ -72,3 +82,21 @@ class Smoothing:
         if name != "smooth" or not set(options) <= known:
             raise ConfigError(f"not a smoothing: {text!r}", hint=f"smooth{{...}} with {', '.join(sorted(known))}")
         return cls(**options)
+
+
+class Absorbed(NamedTuple):
+    """A value whose scale parameters of the model take in.
+
+    Attributes:
+        layers: Paths of the layers that read it.
+        together: Of all layers whose scale is this one; it is put in for all of them or for none.
+        line: For the report.
+        scale: What each channel is divided by: float32 [channels].
+        factors: {name of a parameter: what it is multiplied by}, those of all `together`; in the first of them only.
+    """
+
+    layers: tuple[str, ...]
+    together: tuple[str, ...]
+    line: SmoothLine
+    scale: Tensor
+    factors: dict[str, Tensor]

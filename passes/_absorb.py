@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from inc_graph.graph import get_tensor, is_float, mutated_attrs
 from inc_graph.oppattern import pattern_of
-from inc_graph.passes._channels import Tie, Way, readers, ways
+from inc_graph.passes._channels import TUPLES, Tie, Way, readers, ways
 
 __all__ = ["Edit", "Plan", "Producers", "classes"]
 
@@ -61,10 +61,14 @@ Demands = dict[fx.Node, dict[fx.Node, Tensor]]  # value -> its readers, and the 
 
 
 class Producers:
-    """Who in a float graph can take scales in. The graph must not be changed while it is asked."""
+    """Who in a float graph can take scales in. The graph must not be changed while it is asked.
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm, self.mutated, self.steps = gm, mutated_attrs(gm), 0
+    Args:
+        copies: Norms may be computed once more for some of their readers.
+    """
+
+    def __init__(self, gm: fx.GraphModule, copies: bool = True) -> None:
+        self.gm, self.copies, self.mutated, self.steps = gm, copies, mutated_attrs(gm), 0
 
     def plan(self, value: fx.Node, wanted: dict[fx.Node, Tensor]) -> Plan | str:
         """A plan to scale `value` for some of its readers, or why there is none.
@@ -87,7 +91,10 @@ class Producers:
         wanted = demands[node]
         if node.op == "get_attr":
             return self._constant(node, wanted, left, plan)
-        index, ties = _merged(list(wanted.values()))
+        merged = _merged(list(wanted.values()))
+        if merged is None:
+            return f"{node.name} is read in ways that do not fit together"
+        index, ties = merged
         others = [r for r, at in readers(node) if r not in wanted and not _apart(index, at)]
         if node.op != "call_function":
             return f"{node.name} is an input of the model"
@@ -95,13 +102,13 @@ class Producers:
         if isinstance(found, str):
             return found
         if others:
-            found = [w for w in found if _cheap(node, w)]
+            found = [w for w in found if self.copies and _cheap(node, w)]
             if not found:
                 return f"{node.name} is {_read_by(others[0])} too"
         failure = ""
         for way in found:
             new = {k: dict(v) for k, v in left.items()}
-            bad = next((v for v, _ in way.inputs if not is_float(v)), None)
+            bad = next((v for v, _ in way.inputs if not is_float(v) and v.target not in TUPLES), None)
             for source, inner in way.inputs:
                 new.setdefault(source, {})[node] = inner
             larger = plan.plus([*ties, *way.ties])
@@ -122,10 +129,12 @@ class Producers:
         return self._go(left, plan.plus((), [Edit(node, reader, index) for reader, index in wanted.items()]))
 
 
-def _merged(indices: list[Tensor]) -> tuple[Tensor, list[Tie]]:
-    """One index for all who want a value scaled, and what has to be equal for that."""
+def _merged(indices: list[Tensor]) -> tuple[Tensor, list[Tie]] | None:
+    """One index for all who want a value scaled, and what has to be equal for that; None if their periods differ."""
     found, ties = indices[0], []
     for index in indices[1:]:
+        if any(m != n and 1 not in (m, n) for m, n in zip(found.shape, index.shape, strict=True)):
+            return None
         a, b = torch.broadcast_tensors(found, index)
         both = (a >= 0) & (b >= 0)
         ties += [(a[both], b[both])] if bool((a[both] != b[both]).any()) else []

@@ -18,6 +18,7 @@ from inc_graph.channel_stats import ChannelObserver
 from inc_graph.graph import get_attr, get_tensor, peek_meta, view_key
 from inc_graph.oppattern import argument, pattern_of
 from inc_graph.passes._absorb import Plan, Producers, classes
+from inc_graph.smooth_report import SmoothLine
 from inc_graph.smoothing import Smoothing
 from inc_graph.spec import QSpec
 
@@ -42,6 +43,8 @@ class Site:
         plan: How it is absorbed; None: it is multiplied, or left.
         reason: Why it is not absorbed.
         done: "absorbed", "multiplied" or "left".
+        line: What was done to it before; nothing is left to do then.
+        why: Why it is not absorbed, where more is known than the graph shows.
     """
 
     value: fx.Node
@@ -53,6 +56,8 @@ class Site:
     plan: Plan | None = None
     reason: str = ""
     done: str = ""
+    line: SmoothLine | None = None
+    why: str = ""
 
     @property
     def channels(self) -> int:
@@ -106,6 +111,8 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
         key = (watch, notes["how"])
         if key not in found:
             found[key] = Site(watch.args[0], stats.axis, [], Smoothing.parse(notes["how"]), stats, {})
+            found[key].line = SmoothLine.from_json(notes["line"]) if "line" in notes else None
+            found[key].why = notes.get("why", "")
         found[key].layers.append(layer)
         found[key].formats[layer] = _format(layer, watch.args[0])
     return list(found.values())
@@ -128,11 +135,15 @@ def _own_sites(site: Site) -> list[Site]:
     return [replace(site, layers=[n], formats={n: site.formats[n]}) for n in site.layers]
 
 
-def grouped(gm: fx.GraphModule, sites: Iterable[Site]) -> list[Group]:
+def grouped(gm: fx.GraphModule, sites: Iterable[Site], copies: bool = True) -> list[Group]:
     """Find a plan for each site of a float graph, and the groups. A site without a plan that is not to be multiplied is
-    left, with its reason."""
-    producers, split = Producers(gm), list[Site]()
+    left, with its reason. `copies`: see `Producers`."""
+    producers, split = Producers(gm, copies), list[Site]()
     for site in sites:
+        if site.line is not None:
+            site.done = "left"
+            split.append(site)
+            continue
         plan = producers.plan(site.value, {n: input_index(n, site.axis, site.channels) for n in site.layers})
         if isinstance(plan, Plan) and isinstance(same := classes(plan.ties, site.channels), str):
             plan = same
@@ -142,7 +153,7 @@ def grouped(gm: fx.GraphModule, sites: Iterable[Site]) -> list[Group]:
             site.plan, site.done = plan, "absorbed"
             split.append(site)
             continue
-        site.reason = plan
+        site.reason = site.why or plan
         for own in [site] if site.how.folding else _own_sites(site):
             own.done = "left" if site.how.folding else "multiplied"
             split.append(own)

@@ -21,7 +21,6 @@ from torch import fx
 
 from inc_graph.calibrate import Observer
 from inc_graph.errors import CalibrationError, IncError
-from inc_graph.fake_quantizer import TRAINED
 from inc_graph.gram import GramObserver
 from inc_graph.graph import (
     erase_dead,
@@ -44,6 +43,7 @@ from inc_graph.passes._place import Maker
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 from inc_graph.spec import QSpec, scale_shape
+from inc_graph.trained_scales import TRAINED
 from inc_graph.weights import Codes, Gram
 
 Group = tuple[str, str]  # name of the value that stands for all that share its scale, and the key of the format

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from inc_graph.errors import PassError
-from inc_graph.fake_quantizer import FakeQuantizer, quantizer_for
+from inc_graph.fake_quantizer import FakeQuantizer
 from inc_graph.graph import (
     erase_dead,
     get_tensor,
@@ -36,6 +36,7 @@ from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 from inc_graph.spec import QSpec
 from inc_graph.trained_modules import ApplyMask, Attention, DropoutMask, FoldedNorm, FoldedWeight, Norm
+from inc_graph.trained_scales import quantizer_for
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from inc_graph.errors import TrainingError
-from inc_graph.fake_quantizer import TRAINED, FakeQuantizer, LearnedStep, TrainedObserver
+from inc_graph.fake_quantizer import FakeQuantizer
 from inc_graph.graph import (
     erase_dead,
     get_attr,
@@ -30,11 +30,13 @@ from inc_graph.graph import (
     set_module,
     set_tensor,
 )
+from inc_graph.learned_step import LearnedStep
 from inc_graph.oppattern import argument, pattern_of, set_arguments
 from inc_graph.passes.insert_fake_quant import take_over
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 from inc_graph.trained_modules import Attention, DropoutMask, FoldedNorm, FoldedWeight, Norm
+from inc_graph.trained_scales import TRAINED, TrainedObserver
 
 aten = torch.ops.aten
 

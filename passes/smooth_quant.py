@@ -25,13 +25,13 @@ from inc_graph.passes._bare import forget_decisions, remove_observers
 from inc_graph.passes._rerun import rerun
 from inc_graph.passes._smooth_apply import Edits
 from inc_graph.passes._smooth_blocks import find_blocks
-from inc_graph.passes._smooth_search import Judge, largest_inputs, largest_weights
+from inc_graph.passes._smooth_choice import choose, choose_together
+from inc_graph.passes._smooth_search import Judge
 from inc_graph.passes._smooth_sites import Group, Site, find_sites, grouped
 from inc_graph.passes._smooth_whole import settle
 from inc_graph.passes.annotate import Annotate
 from inc_graph.passes.fold_constants import fold_factors
 from inc_graph.passes.insert_observers import InsertObservers
-from inc_graph.passes.qparams.smooth import Choice, search, smooth_scale
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 from inc_graph.smooth_report import KEY, SmoothLine
@@ -65,10 +65,10 @@ class SmoothQuant(Pass):
         edits = Edits(gm)
         blocks = find_blocks(gm, groups, recalls)
         for block in blocks:
-            _take(block.groups, search(block, *block.groups[0].sites[0].how.grid), block.judges)
+            choose_together(block)
         searched: dict[Group, Judge] = {}
         for group in groups:
-            if not any(group in block.groups for block in blocks) and (judge := _choose(gm, group)) is not None:
+            if not any(group in block.groups for block in blocks) and (judge := choose(gm, group)) is not None:
                 searched[group] = judge
         settle(gm, groups, searched, recalls)
         for group in groups:
@@ -93,33 +93,9 @@ class SmoothQuant(Pass):
         return PassResult(gm, True, report)
 
 
-def _choose(gm: fx.GraphModule, group: Group) -> Judge | None:
-    """The scale of a group, if any is good; its judge, if alpha was searched for."""
-    how = group.sites[0].how
-    if all(s.done == "left" for s in group.sites):
-        return None
-    if not how.auto:
-        group.alpha = float(how.alpha)
-        group.scale = smooth_scale(largest_inputs(group), largest_weights(gm, group), group.alpha)
-        return None
-    judge = Judge(gm, group)
-    _take([group], search(judge, *how.grid), [judge])
-    judge.forget()
-    return judge
-
-
-def _take(groups: list[Group], found: Choice, judges: list[Judge]) -> None:
-    """Go by what a search has found."""
-    for group, judge in zip(groups, judges, strict=True):
-        group.alpha, group.error, group.plain = found.alpha, found.error, found.tried[None]
-        if found.alpha is not None:
-            group.scale = judge.scale(found.alpha)
-            continue
-        for site in group.sites:
-            site.done, site.reason = "left", "no alpha makes the error smaller"
-
-
 def _line(site: Site, group: Group, edits: Edits) -> SmoothLine:
+    if site.line is not None:
+        return site.line
     layers = tuple(module_path(n) or n.name for n in site.layers)
     if site.done == "left" or group.scale is None:
         return SmoothLine(layers, None, "left", detail=site.reason, error=group.error, plain=group.plain)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inc_graph.errors import CalibrationError, ConfigError, IncError, TrainingError, UnusedRuleWarning
-from inc_graph.fake_quantizer import LearnedStep, OwnScale, TrackedRange
+from inc_graph.fake_quantizer import OwnScale, TrackedRange
+from inc_graph.learned_step import LearnedStep
 from inc_graph.numerics import choose_qparams, fake_quantize
 from inc_graph.ops import is_choose_qparams, is_dequantize, is_quantize
 from inc_graph.quantization import (

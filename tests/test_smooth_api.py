@@ -168,29 +168,43 @@ def test_calls_that_hold_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- layer by layer
+class Asking(Gated):
+    """Asks its input which way to go: nobody can export that (what can be: see test_smooth_absorbing)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.sum()) > -1e9 else x
+
+
+def asking() -> nn.Module:
+    m = model()
+    m.__class__ = Asking
+    return m
+
+
 @pytest.mark.parametrize("alpha", [0.7, "auto"])
 def test_layer_by_layer_the_scale_is_a_multiplication(alpha: Any) -> None:
-    plain = quantize(model(), StaticQuantConfig(), run)
-    q = quantize(model(), SmoothQuantConfig(alpha=alpha), run)
+    plain = quantize(asking(), StaticQuantConfig(), run)
+    q = quantize(asking(), SmoothQuantConfig(alpha=alpha), run)
     assert error(q) < 0.75 * error(plain)
     lines = q.report.smoothing
     assert len(lines) == 3 and {line.by for line in lines[:2]} == {"multiplied"}
     assert lines[2].by == ("left" if lines[2].alpha is None else "multiplied")
+    assert alpha == "auto" or all("the model cannot be exported" in line.detail for line in lines)
 
 
 def test_layer_by_layer_nothing_is_folded() -> None:
-    plain = quantize(model(), StaticQuantConfig(), run)
-    with pytest.warns(
-        IncWarning, match="folding=True smooths nothing layer by layer: gate, up, down; give example_inp"
-    ):
-        q = quantize(model(), SmoothQuantConfig(alpha=0.7, folding=True), run)
+    plain = quantize(asking(), StaticQuantConfig(), run)
+    text = "folding=True smooths nothing layer by layer: gate, up, down; .*the model cannot be exported"
+    with pytest.warns(IncWarning, match=text):
+        q = quantize(asking(), SmoothQuantConfig(alpha=0.7, folding=True), run)
     assert error(q) == pytest.approx(error(plain), rel=0.2)
 
 
 @pytest.mark.parametrize("other", OTHERS[:2], ids=lambda c: c.name)
 def test_composed_layer_by_layer(other: Any) -> None:
-    q = quantize(model(), SmoothQuantConfig(alpha=0.6) + other, run)
-    assert error(q) < 0.02 and {line.by for line in q.report.smoothing} == {"multiplied"}
+    for m, by in ((model(), "absorbed"), (asking(), "multiplied")):
+        q = quantize(m, SmoothQuantConfig(alpha=0.6) + other, run)
+        assert error(q) < 0.02 and {line.by for line in q.report.smoothing} == {by}
 
 
 def test_convolutions_layer_by_layer() -> None:

@@ -63,6 +63,13 @@ def gptj() -> tuple[nn.Module, Tensor]:
     return Hidden(GPTJModel(GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0)), use_cache=False), IDS
 
 
+def bloom() -> tuple[nn.Module, Tensor]:
+    from transformers import BloomConfig, BloomModel
+
+    config = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=50)
+    return Hidden(BloomModel(config), use_cache=False), IDS
+
+
 def bert() -> tuple[nn.Module, Tensor]:
     from transformers import BertConfig, BertModel
 
@@ -83,6 +90,8 @@ PAIRS: dict[Any, dict[tuple[str, ...], str | None]] = {
             ("down_proj",): "up_proj"},
     opt: {QKV: "self_attn_layer_norm", ("out_proj",): "v_proj", ("fc1",): "final_layer_norm", ("fc2",): "fc1"},
     gptj: {(*QKV, "fc_in"): "ln_1", ("out_proj",): "v_proj", ("fc_out",): None},
+    bloom: {("query_key_value",): "input_layernorm", ("self_attention.dense",): "query_key_value",
+            ("dense_h_to_4h",): "post_attention_layernorm", ("dense_4h_to_h",): None},
     bert: {("query", "key", "value"): "LayerNorm", ("attention.output.dense",): "value",
            ("intermediate.dense",): "attention.output.LayerNorm", ("output.dense",): None},
     vit: {QKV: "layernorm_before", ("o_proj",): "v_proj", ("fc1",): "layernorm_after", ("fc2",): None},

@@ -1,5 +1,6 @@
 """Quantize a model: `prepare`, run calibration data, `convert`."""
 
+from inc_graph.finite import check_loss
 from inc_graph.quantization.config import (
     AutoRoundConfig,
     AWQConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "TEQConfig",
     "TuningConfig",
     "autotune",
+    "check_loss",
     "convert",
     "finalize_calibration",
     "freeze_batch_norm",

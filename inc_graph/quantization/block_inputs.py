@@ -28,7 +28,10 @@ from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.streaming import is_streamed
 
-__all__ = ["BlockInputs", "Call", "NotComputed", "block_inputs_of", "copies", "grams", "stop_at_blocks", "undo"]
+__all__ = [
+    "BlockInputs", "Call", "NotComputed", "block_inputs_of", "block_paths", "copies", "grams", "stop_at_blocks", "undo",
+    "without_caches",
+]  # fmt: skip
 
 _MARK = "_inc_block_inputs"
 
@@ -134,7 +137,7 @@ def stop_at_blocks(model: nn.Module, leaves: dict[Leaf, list[str]]) -> None:
     asking = {leaf: paths for leaf, paths in leaves.items() if observers_of(leaf)}
     if not asking or any(not isinstance(o, GramObserver) for leaf in asking for o in observers_of(leaf)):
         return
-    if (found := _blocks(model, asking)) is None:
+    if (found := block_paths(model, asking)) is None:
         return
     known = model.__dict__[_MARK] = BlockInputs(found)
     if any(is_streamed(leaf) for leaf in leaves):  # of a model that is not to be in memory, its inputs need not be
@@ -155,7 +158,7 @@ def undo(model: nn.Module) -> None:
             model.__dict__["forward"] = own
 
 
-def _blocks(model: nn.Module, asking: dict[Leaf, list[str]]) -> list[str] | None:
+def block_paths(model: nn.Module, asking: dict[Leaf, list[str]]) -> list[str] | None:
     """Paths of the entries of the outermost list that holds most of the layers, None without one of two or more."""
     best: list[str] = []
     most = 0
@@ -191,7 +194,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 f"calibration batch {len(known.calls) + 1}: {nan} NaN and {inf} infinite values of {first.numel()}"
                 " reach the first block", module=known.paths[0], hint="check that batch",
             )  # fmt: skip
-        known.keep(copies(first), name, copies(_kept(rest)), whole)
+        known.keep(copies(first), name, copies(without_caches(rest)), whole)
         raise Stop("the inputs of the first block are known")
 
     hook = block.register_forward_pre_hook(take, with_kwargs=True)
@@ -219,7 +222,7 @@ def _split(
     return kwargs[name], name, ((), {k: v for k, v in kwargs.items() if k != name})
 
 
-def _kept(rest: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def without_caches(rest: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The rest of the arguments without a cache of keys and values: each replay would add to it."""
     args, kwargs = pytree.tree_map(lambda v: None if _is_cache(v) else v, rest, is_leaf=_is_cache)
     if "use_cache" in kwargs:

@@ -22,7 +22,7 @@ from inc_graph.errors import CaptureError, ConfigError, IncWarning, UnusedRuleWa
 from inc_graph.graph import peek_meta
 from inc_graph.oppattern import Named, pattern_of, pattern_of_module, types_of_module
 from inc_graph.passmanager import Pipeline
-from inc_graph.quantization import block_inputs
+from inc_graph.quantization import absorbing, block_inputs
 from inc_graph.quantization.block_by_block import BlockByBlock
 from inc_graph.quantization.block_inputs import block_inputs_of, stop_at_blocks
 from inc_graph.quantization.captures import Captures
@@ -80,7 +80,6 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
         if isinstance(model, fx.GraphModule):
             hint = "give example_inputs, or the ExportedProgram itself: in a graph the operators are functions"
         raise ConfigError(f"nothing in this model can be quantized ({reasons})", hint=hint)
-    _warn_of_folding(plan)
     facts.floats += [
         OpLine(path, path, type(module).__name__, "only Linear, Conv and Embedding are quantized layer by layer")
         for path, module in model.named_modules()
@@ -96,24 +95,11 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
     model.__dict__[_MARK] = facts
     one_batch_a_call(model)
     stop_at_blocks(model, leaves(model))
+    absorbing.watch(model, leaves(model))
     return model
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
-def _warn_of_folding(plan: list[tuple[list[str], Leaf | None]]) -> None:
-    """A layer by itself knows no layer before it that could take a scale in."""
-    names = []
-    for paths, leaf in plan:
-        nodes = leaf.inner.graph.nodes if leaf is not None and isinstance(leaf.inner, fx.GraphModule) else ()
-        hows = [smooth["how"] for n in nodes if (smooth := peek_meta(n).get("smooth")) is not None]
-        names += [paths[0]] if any(Smoothing.parse(how).folding for how in hows) else []
-    if names:
-        text = f"SmoothQuant with folding=True smooths nothing layer by layer: {', '.join(names[:4])}"
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        hint = "give example_inputs or export the model, or let folding=False multiply the inputs"
-        warnings.warn(f"{text}{more}; {hint}", IncWarning, stacklevel=5)
-
-
 def look(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[list[str], Leaf | None]], list[OpLine]]:
     """(paths, leaf) of every layer, and what stays float; the model is not changed."""
     facts = _Facts(recipe, [], 0)
@@ -240,6 +226,7 @@ def undo(model: nn.Module) -> nn.Module:
     facts: _Facts = model.__dict__.pop(_MARK)
     block_inputs.undo(model)
     no_batches(model)
+    absorbing.forget(model)
     for leaf, paths in leaves(model).items():
         model = put(model, paths, leaf.original)
     for module, name, value in facts.flags:
@@ -257,6 +244,35 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     found = leaves(model)
     if found and all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
         raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
+    facts: _Facts = model.__dict__[_MARK]
+    captures = Captures()
+
+    def again(leaf: Leaf) -> Any:
+        made = _leaf(model, leaf.original, found[leaf], captures, _Facts(facts.recipe, [], 0), set())  # type: ignore[arg-type]
+        assert made is not None
+        return made.inner
+
+    with absorbing.absorbing(model, found, facts.recipe, again, inplace) as notes:
+        if notes:
+            _warn_of_folding(found, notes[0])
+        return _convert(model, found, facts, backend, inplace, notes)
+
+
+def _warn_of_folding(found: dict[Leaf, list[str]], why: str) -> None:
+    """Name layers that are not smoothed, as nobody is known who could take the scale in."""
+    names = []
+    for leaf, paths in found.items():
+        notes = [s for n in leaf.inner.graph.nodes if (s := peek_meta(n).get("smooth")) is not None]  # type: ignore[union-attr]
+        names += [paths[0]] if any(Smoothing.parse(s["how"]).folding and "line" not in s for s in notes) else []
+    if names:
+        text = f"SmoothQuant with folding=True smooths nothing layer by layer: {', '.join(names[:4])}"
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        warnings.warn(f"{text}{more}; {why}; folding=False multiplies inputs instead", IncWarning, stacklevel=5)
+
+
+def _convert(
+    model: nn.Module, found: dict[Leaf, list[str]], facts: _Facts, backend: str | None, inplace: bool, notes: list[str]
+) -> nn.Module:
     stopped = block_inputs_of(model)
     blocks = BlockByBlock(model, stopped, found) if stopped is not None and stopped.calls else None
     watched = {leaf: observers_of(leaf) for leaf in found}
@@ -264,10 +280,9 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     keep_unpacked(tied)
     if blocks is None and any(watched.values()) and not any(o.elements for os in watched.values() for o in os):
         raise no_data()
-    facts: _Facts = model.__dict__[_MARK]
     name, _ = choose_backend(backend or facts.recipe.backend)  # said even if every layer stays float
     report = Report(
-        facts.recipe.method, name, floats=list(facts.floats), bytes_before=facts.bytes_before, notes=[_NOTE]
+        facts.recipe.method, name, floats=list(facts.floats), bytes_before=facts.bytes_before, notes=[_NOTE, *notes]
     )
     if stopped is not None and stopped.chain:
         report.notes.append(
@@ -302,7 +317,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
             report.recipe = lines if report.recipe is None else report.recipe + lines
             report.reference += part.report.reference
             report.weights += part.report.weights
-            report.smoothing += part.report.smoothing
+            report.smoothing += [line for line in part.report.smoothing if line not in report.smoothing]
             for name, seconds in part.report.timings:
                 timings[name] += seconds  # type: ignore[assignment]
     report.notes += share_codes(tied, new)
@@ -322,6 +337,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     model.__dict__.pop(_MARK, None)
     block_inputs.undo(model)
     no_batches(model)
+    absorbing.forget(model)
     report.timings = list(timings.items())
     report.bytes_after = attribute_bytes(model)
     keep_report(model, report)

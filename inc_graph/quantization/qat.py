@@ -19,6 +19,7 @@ from inc_graph.fake_quantizer import FakeQuantizer
 from inc_graph.quantization import module_scope, qat_graph
 from inc_graph.quantization.layers import call_every_layer, leaves, own_copy
 from inc_graph.quantization.predicates import bind_predicates, layers_of
+from inc_graph.quantization.qat_checkpoint import check_loading, leave_loading
 from inc_graph.quantization.qat_guard import guard, unguard
 from inc_graph.quantization.qat_layer import (
     LayerQuantizers,
@@ -98,6 +99,7 @@ def prepare(
         put_in(model.get_submodule(path), quantizers)
     model.__dict__[_MARK] = _Facts(recipe, floats, call_every_layer(model, LayerQuantizers))
     guard(model)
+    check_loading(model)
     return model
 
 
@@ -173,6 +175,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
         raise CalibrationError("the model has seen no training batch", hint=hint)
     modes = [(m, m.training) for m in model.modules()]
     unguard(model)
+    leave_loading(model)
     quantizers = {path: take_out(layer) for path, layer in layers.items()}
     prepared = model
     try:
@@ -190,6 +193,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
         for path, layer in layers.items():
             put_in(layer, quantizers[path])
         guard(model)
+        check_loading(model)
         for module, mode in modes:
             module.training = mode
         raise

@@ -21,6 +21,7 @@ from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.predicates import bind_predicates, operators_of
+from inc_graph.quantization.qat_checkpoint import check_loading, leave_loading
 from inc_graph.quantization.qat_guard import guard, unguard
 from inc_graph.recipe import Recipe, set_recipe
 from inc_graph.report import attribute_bytes, read_graph
@@ -82,6 +83,7 @@ def prepare(
     gm.meta["inc"]["bytes_before"] = before
     gm.meta["inc"]["timings"] = [list(t) for t in result.timings]
     guard(gm)
+    check_loading(gm)
     gm._register_deepcopy_hook(guard)  # fx does not copy such hooks
     return gm.train()
 
@@ -110,4 +112,5 @@ def convert(model: nn.Module, backend: str | None) -> QuantizedModel:
     gm = clone(cast(fx.GraphModule, model))
     observed = Pipeline.parse("keep-trained").run(gm).graph
     unguard(observed)
+    leave_loading(observed)
     return finish(observed, backend)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from inc_graph.errors import TrainingError
-from inc_graph.fake_quantizer import FakeQuantizer, refuse_bad_gradients
+from inc_graph.fake_quantizer import FakeQuantizer
+from inc_graph.finite import refuse_bad_gradients
 
 __all__ = ["guard", "unguard"]
 

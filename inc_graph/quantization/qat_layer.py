@@ -16,17 +16,13 @@ from torch import Tensor, fx, nn
 
 from inc_graph.calibrate import Observer
 from inc_graph.errors import ConfigError, TrainingError
-from inc_graph.fake_quantizer import (
-    TRAINED,
-    FakeQuantizer,
-    LearnedStep,
-    TrainedObserver,
-    quantizer_for,
-    refuse_bad_gradients,
-)
+from inc_graph.fake_quantizer import FakeQuantizer
+from inc_graph.finite import refuse_bad_gradients
 from inc_graph.graph import get_attr, peek_meta
+from inc_graph.learned_step import LearnedStep
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.spec import QSpec
+from inc_graph.trained_scales import TRAINED, TrainedObserver, quantizer_for
 
 __all__ = [
     "NAME", "LayerQuantizers", "TrainingOptions", "is_trained", "make_quantizers", "put_in",

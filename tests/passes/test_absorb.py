@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from inc_graph.errors import ConfigError
 from inc_graph.passes._absorb import classes
 from inc_graph.passes._bare import forget_decisions, remove_observers
-from inc_graph.passes._channels import _reshaped
+from inc_graph.passes._index_layers import _letters
+from inc_graph.passes._index_views import reshaped
 from inc_graph.passes._smooth_sites import find_sites, grouped
 from inc_graph.smooth_report import SmoothLine
 from inc_graph.smoothing import Smoothing
@@ -62,6 +63,10 @@ COMMUTE = {
     "sum": lambda x: x + x.relu(),
     "half of the channels twice": lambda x: torch.cat([x[..., :4], x[..., :4]], -1),
     "expanded": lambda x: x[:, :1].expand(-1, 5, -1), "summed rows": lambda x: x.sum(1, keepdim=True),
+    "einsum of one": lambda x: torch.einsum("bnc->bnc", x),
+    "einsum over rows": lambda x: torch.einsum("mn,bnc->bmc", torch.ones(5, 5), x),
+    "einsum of any rank": lambda x: torch.einsum("mn,...nc->...mc", torch.ones(3, 5), x),
+    "einsum of a row": lambda x: torch.einsum("bnc,b->bnc", x, torch.tensor([2.0, 3.0])),
 }  # fmt: skip
 
 
@@ -80,6 +85,10 @@ REFUSED = {
     "clamped": (lambda x: x.clamp(min=-1), "cuts off"),
     "mean over channels": (lambda x: x - x.mean(-1, keepdim=True), "all channels would need one scale"),
     "no weight": (lambda x: F.layer_norm(x, (8,)), "has no weight that could take the scale"),
+    "einsum over channels": (lambda x: torch.einsum("bnc,cd->bnd", x, (x + 1).mean((0, 1))[:, None].expand(8, 8)), "."),
+    "einsum with itself": (lambda x: torch.einsum("bnc,bnc->bnc", x, x), "einsum.* multiplies a value by itself"),
+    "einsum of a diagonal": (lambda x: torch.einsum("mmnc->mnc", x.expand(2, 2, 5, 8)), "not understood"),
+    "glu over rows": (lambda x: F.glu(torch.cat([x, x], 1), 1), "is read by|scaled|share"),
 }  # fmt: skip
 
 
@@ -109,6 +118,119 @@ def test_values_to_output_through_attention(kind: Any) -> None:
 def test_values_of_a_packed_layer(how: str) -> None:
     found = lines(Packed(how), X)
     assert found["o"].by == "absorbed" and found["o"].takers == ("qkv",)
+
+
+class Einsum(Attention):
+    """The same in einsum, of heads that are not moved to the front."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], -1, self.width) for layer in (self.q, self.k, self.v))
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        return self.o(torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
+
+
+class Grouped(Attention):
+    """Grouped heads in einsum: keys and values have no dimension for those that share them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = (layer(x).view(*x.shape[:2], self.kv, self.width) for layer in (self.k, self.v))
+        q = self.q(x).view(*x.shape[:2], self.kv, -1, self.width)
+        weights = torch.einsum("...qgrd, ...kgd -> ...grqk", q, k).softmax(-1)
+        return self.o(torch.einsum("...grqk, ...kgd -> ...qgrd", weights, v).reshape(x.shape))
+
+
+@pytest.mark.parametrize("kind", [lambda: Einsum(kv=4), Grouped])
+def test_values_to_output_through_einsum(kind: Any) -> None:
+    found = lines(kind(), X)
+    assert found["o"].by == "absorbed" and found["o"].takers == ("v",)
+
+
+class Multihead(nn.Module):
+    """A norm, and torch's own attention, whose three layers are one parameter."""
+
+    def __init__(self, batch_first: bool, weights: bool, bias: bool = True) -> None:
+        super().__init__()
+        self.norm, self.weights = nn.LayerNorm(16), weights
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=batch_first, bias=bias)
+        with torch.no_grad():
+            self.norm.weight.copy_(outliers(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.attention(x, x, x, need_weights=self.weights)[0]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_values_to_output_in_multihead_attention(batch_first: bool, weights: bool, known: bool) -> None:
+    model = Multihead(batch_first, weights).eval()
+    dims = {0: torch.export.Dim("b", min=2, max=9), 1: torch.export.Dim("n", min=2, max=9)}
+    gm = watched(model, X, recipe=plan(STRONG), dynamic=None if known else (dims,))
+    done, report = smoothed(gm, X)
+    takers = [line.takers for line in report]
+    assert [line.by for line in report] == ["absorbed"] * 2 and takers == [("norm",), ("attention",)]
+    x = X if known else torch.randn(4, 7, 16, generator=torch.Generator().manual_seed(1)) * outliers(16)
+    with torch.no_grad():
+        want, got = model(x), done(x)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+class Interleaved(Packed):
+    """Queries, keys and values head by head, and products of three dimensions, as Bloom has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, size = x.shape
+        fused = self.qkv(x).view(b, n, 4, 3, size // 4)
+        q, k, v = (fused[..., i, :].transpose(1, 2).reshape(-1, n, size // 4) for i in range(3))
+        y = torch.bmm((q @ k.transpose(-1, -2)).softmax(-1), v).view(b, 4, n, size // 4)
+        return self.o(y.permute(0, 2, 1, 3).reshape(b, n, size))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_values_of_heads_and_batch_in_one_dimension(known: bool) -> None:
+    torch.manual_seed(0)
+    model = Interleaved("").eval()
+    dims = {0: torch.export.Dim("b", min=2, max=9), 1: torch.export.Dim("n", min=2, max=9)}
+    gm = watched(model, X, recipe=plan(STRONG), dynamic=None if known else (dims,))
+    done, report = smoothed(gm, X)
+    assert (report[1].layers, report[1].by, report[1].takers) == (("o",), "absorbed", ("qkv",))
+    x = X if known else X.repeat(2, 1, 1)[:3, :4]
+    with torch.no_grad():
+        want, got = model(x), done(x)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+class Glu(nn.Module):
+    """a sigmoid(b) between two layers; `gate` is read once more where it is asked for."""
+
+    def __init__(self, dim: int = -1, again: bool = False) -> None:
+        super().__init__()
+        conv = dim == 1
+        self.first = nn.Conv1d(16, 24, 1) if conv else nn.Linear(16, 24)
+        self.last = nn.Conv1d(12, 8, 3) if conv else nn.Linear(12, 8)
+        self.dim, self.again = dim, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.transpose(1, 2) if self.dim == 1 else x)
+        y = self.last(F.glu(x, self.dim))
+        return y + x[..., :8] if self.again else y
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_values_of_a_gated_unit(dim: int) -> None:
+    model = Glu(dim)
+    found = lines(model, X)
+    assert found["last"].by == "absorbed" and found["last"].takers == ("first",)
+    again = lines(Glu(again=True), X)["last"]
+    assert again.by == "multiplied" and "is read by slice" in again.detail
+
+
+def test_the_dimensions_of_an_einsum() -> None:
+    assert _letters("ij,jk", [2, 2]) == [["i", "j"], ["j", "k"], ["i", "k"]]
+    assert _letters("...i -> i...", [3]) == [["0", "1", "i"], ["i", "0", "1"]]
+    assert _letters("...i, ...", [3, 1]) == [["0", "1", "i"], ["1"], ["0", "1", "i"]]
+    assert _letters("ii->i", [2]) is None and _letters("i,j->ij", [1]) is None
 
 
 def test_rms_norm_and_up_to_down() -> None:
@@ -168,6 +290,14 @@ def test_embeddings_and_sums_of_them() -> None:
     assert found.by == "absorbed" and set(found.takers) == {"words", "places"}
 
 
+def test_a_batch_norm_before_a_convolution() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(outliers(4))  # type: ignore[arg-type]
+    found = lines(model, torch.randn(2, 4, 7, 7))
+    assert found["2"].by == "absorbed" and found["2"].takers == ("0",)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolutions(groups: int) -> None:
     class Convs(nn.Module):
@@ -222,10 +352,28 @@ def test_an_index_is_reshaped_as_the_value_is() -> None:
     whole = torch.arange(24)
     for inner in sizes:
         for outer in sizes:
-            found = _reshaped(whole.view(outer), inner, outer)
+            found = reshaped(whole.view(outer), inner, outer)
             assert found is not None and torch.equal(found.expand(inner).flatten(), whole)
-    assert _reshaped(torch.arange(4).view(1, 1, 4), [2, "s0", 4], [2, "s0", 4]) is not None
-    assert _reshaped(torch.arange(4).view(1, 4), ["s0 * 4"], ["s0", 4]) is None
+    assert reshaped(torch.arange(4).view(1, 1, 4), [2, "s0", 4], [2, "s0", 4]) is not None
+    assert reshaped(torch.arange(4).view(1, 4), ["s0 * 4"], ["s0", 4]) is None  # nothing is known of that text
+
+
+def test_an_index_has_a_period_where_sizes_are_not_known() -> None:
+    sizes = []
+
+    class Sizes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(x.shape[0])
+            return x + 1
+
+    torch.export.export(Sizes(), (X,), dynamic_shapes=({0: torch.export.Dim("b", min=2, max=9)},), strict=False)
+    (b,) = sizes
+    heads = torch.arange(8).view(1, 2, 1, 4)
+    flat = reshaped(heads, [b * 2, 5, 4], [b, 2, 5, 4])
+    assert flat is not None and torch.equal(flat, heads[0])
+    back = reshaped(flat.movedim(0, 1), [5, b, 8], [5, b * 2, 4])
+    assert back is not None and torch.equal(back, torch.arange(8).view(1, 1, 8))
+    assert reshaped(torch.arange(4).view(1, 4), [b * 2], [b, 2 * 2]) is None  # 4 need not divide 2 b
 
 
 def test_rms_norm_alone_is_a_taker() -> None:

@@ -10,11 +10,13 @@ from torch import Tensor, fx, nn
 
 from inc_graph.capture import capture
 from inc_graph.errors import ConfigError, PassError, VerifyError
-from inc_graph.fake_quantizer import TRAINED, LearnedStep, OwnScale, TrackedRange, TrainedObserver
+from inc_graph.fake_quantizer import OwnScale, TrackedRange
 from inc_graph.graph import get_attr, get_level, inc_meta
+from inc_graph.learned_step import LearnedStep
 from inc_graph.passmanager import Pipeline
 from inc_graph.recipe import set_recipe
 from inc_graph.trained_modules import FoldedNorm, FoldedWeight, Norm
+from inc_graph.trained_scales import TRAINED, TrainedObserver
 from inc_graph.verify import verify
 from tests.golden_check import check_golden
 from tests.passes.pipelines import recipe, text

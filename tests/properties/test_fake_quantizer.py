@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inc_graph.fake_quantizer import LearnedStep, OwnScale, TrackedRange
+from inc_graph.fake_quantizer import OwnScale, TrackedRange
+from inc_graph.learned_step import LearnedStep
 from inc_graph.numerics import choose_qparams, fake_quantize, in_range
 from inc_graph.spec import PerChannel, PerGroup, PerTensor, QSpec
 
