@@ -3,6 +3,7 @@
     dequantize(x) , dequantize(w) -> linear | conv [-> ...] [-> quantize]     one TorchScript function for all of them,
                                                                               in which IPEX makes int8 groups
     dequantize(x) , dequantize(y) -> matmul [-> ...] [-> quantize]            the same
+    choose_qparams(x) -> quantize -> dequantize , dequantize(w) -> linear     dynamic layers as on `inductor`
     x (float) , dequantize(w) -> linear                                       weight-only layers as on `inductor`
     dequantize(table) -> embedding                                            looks up codes
 
@@ -11,7 +12,7 @@ in the groups then is what the report counts. What IPEX takes into no group comp
 dequantize, as on the reference. A function holds for all shapes that the graph holds for: IPEX compiles the groups for
 each shape when it is seen first.
 
-Quantization with scales that are computed at run time, and formats of other than 8 bits, run on the reference.
+Anything else whose scales are computed at run time, and formats of other than 8 bits, run on the reference.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor, fx, nn
 from inc_graph.errors import IncWarning
 from inc_graph.graph import module_path, mutated_attrs, unique_name, val
 from inc_graph.lowering._context import OneDnnContext
+from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
+from inc_graph.lowering._dynamic_joined import join_layers
 from inc_graph.lowering._ipex import Scripted, example, import_ipex, run_scripted, why_not
 from inc_graph.lowering._regions import NotTraced
 from inc_graph.lowering._segments import borders, parts, replace_part
@@ -82,9 +85,10 @@ class Ipex(X86Backend):
     def claims(self) -> tuple[Claim, ...]:
         values = Claim(WEIGHT_VALUES.name, WEIGHT_VALUES.pattern, WEIGHT_VALUES.rewrite, _check_values, kernel=False)
         pad = Claim("uneven padding", P(CONV), rewrite_pad, check_pad, kernel=False)
-        return WEIGHT_ONLY, LOOKUP, values, pad
+        return DYNAMIC_LINEAR, WEIGHT_ONLY, LOOKUP, values, pad
 
     def finish(self, context: _Context) -> None:
+        join_layers(context)
         gm, mutated = context.gm, mutated_attrs(context.gm)
         asked = {n: (p.name, module_path(n)) for n in gm.graph.nodes if (p := _quantized(n)) is not None}
 

@@ -98,8 +98,11 @@ def _rule(node: fx.Node, pattern: OpPattern, state: _State) -> tuple[int, OpQuan
         return reason or ""
     index, rule = found
     supported = state.recipe.supported
-    if supported is not None and pattern.name not in supported and rule.where.kind == "all" and rule.half is None:
-        return f"backend '{state.recipe.backend}' has no quantized kernel for {pattern.name}"
+    if supported is not None and rule.where.kind == "all" and rule.half is None:
+        if pattern.name not in supported:
+            return f"backend '{state.recipe.backend}' has no quantized kernel for {pattern.name}"
+        if pattern.weight is None and rule.what.activation is not None and rule.what.activation.dynamic:
+            return "two activations that are quantized at run time; asked for by its name it is"
     return index, rule.what
 
 

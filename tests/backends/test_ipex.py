@@ -20,7 +20,7 @@ from benchmarks import real_models as rm
 from inc_graph.errors import IncError, IncWarning
 from inc_graph.export import export
 from inc_graph.lowering import ipex as backend
-from inc_graph.quantization import RTNConfig, StaticQuantConfig, convert, load, prepare, quantize
+from inc_graph.quantization import DynamicQuantConfig, RTNConfig, StaticQuantConfig, convert, load, prepare, quantize
 from inc_graph.registry import BACKENDS
 from inc_graph.text import to_text
 from inc_graph.utils import choose_backend
@@ -287,6 +287,17 @@ def test_weight_only_layers_are_ours() -> None:
     q = quantize(mlp().eval(), RTNConfig(group_size=32), example_inputs=x)
     e = quantize(mlp().eval(), RTNConfig(group_size=32), example_inputs=x, backend="inductor")
     assert q.report.backend == "ipex" and {k.detail for k in q.report.kernels} == {k.detail for k in e.report.kernels}
+
+
+def test_dynamic_layers_are_ours_and_products_stay_float() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 8, 16), torch.randn(3, 8, 16)
+    exported = export(Product("behind layers").eval(), (x, y))
+    q, i = (quantize(exported, DynamicQuantConfig(), backend=name) for name in ("ipex", "inductor"))
+    assert q.report.count("linear") == 2 and not q.report.reference
+    assert {k.detail for k in q.report.kernels} == {k.detail for k in i.report.kernels}
+    assert "matmul" in {line.op for line in q.report.floats}
+    assert_near(q(x, y), i(x, y))
 
 
 def test_layers_of_both_kinds_in_one_graph() -> None:
