@@ -109,7 +109,7 @@ def race(ways: list[str], quick: bool, say: Callable[[str], object]) -> list[Row
             except Failed as error:
                 row = Row(way, note=f"failed: {error}")
             rows.append(row)
-            say(f"{way}: {row.note or ', '.join(_cells(row, rows[0].peak))}")
+            say(f"{way}: {row.note or ', '.join(filter(None, _cells(row, rows[0].peak)))}")
     return rows
 
 
