@@ -1,8 +1,8 @@
 """Products of two activations on the CPU, by kernel: ``python -m benchmarks.activation_products``.
 
 Milliseconds, contestants in turns, median. "oneDNN int8" and "torch._int_mm" have their codes given, the former in the
-second column its packed operand as well; "int8, all in all" finds ranges, makes codes and multiplies (inc_graph, dynamic
-per tensor, no batches).
+second column its packed operand as well; "int8, all in all" finds ranges, makes codes and multiplies (inc_graph,
+dynamic per tensor, no batches).
 """
 
 from __future__ import annotations
