@@ -1,7 +1,8 @@
 """Products of two activations on the CPU, by kernel: ``python -m benchmarks.activation_products``.
 
-Milliseconds, contestants in turns, median. "oneDNN int8" has its codes and, in the second column, its packed operand
-given; "int8, all in all" finds ranges, makes codes, packs and multiplies (inc_graph, dynamic per tensor, no batches).
+Milliseconds, contestants in turns, median. "oneDNN int8" and "torch._int_mm" have their codes given, the former in the
+second column its packed operand as well; "int8, all in all" finds ranges, makes codes and multiplies (inc_graph,
+dynamic per tensor, no batches).
 """
 
 from __future__ import annotations
@@ -57,8 +58,6 @@ def contestants(batch: int, m: int, k: int, n: int) -> dict[str, Callable[[], An
         "oneDNN int8": lambda: [multiply(i, pack(i)) for i in range(batch)],
         "oneDNN int8, packed": lambda: [multiply(i, given[i]) for i in range(batch)],
     }
-    if m * k * n > 1 << 31:  # minutes
-        del found["torch._int_mm"]
     if batch == 1:
         found["int8, all in all"] = lambda: _dynamic_product._product(a[0], b[0], *FORMAT, *FORMAT[:2])
     return found

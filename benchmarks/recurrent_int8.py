@@ -31,7 +31,7 @@ def contestants(layer: nn.Module) -> dict[str, nn.Module]:
     from inc_graph.quantization import DynamicQuantConfig, quantize
 
     config = DynamicQuantConfig(act_granularity="per_token", w_granularity="per_channel")
-    model = nn.Sequential(layer)
+    model = nn.Sequential(layer).eval()
     return {
         "torch float32": model,
         "torch.ao dynamic": torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {type(layer)}),

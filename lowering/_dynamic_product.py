@@ -2,12 +2,13 @@
 
     dequantize(a), dequantize(b) -> matmul      with scales and zero points of a and b as `choose_qparams` finds them
 
-An int8 product needs b in a layout of its own, made at each call, and b's scale as a factor of the result: one scale
-for the whole of it. Where it pays (see `LARGE`), and there are no batches of b, oneDNN multiplies the codes:
+An int8 product needs b's scale as a factor of the result: one scale for the whole of it. Where it pays (see `LARGE`),
+and there are no batches of b, the codes are multiplied, as signed ones:
 
-    (a - za) (b - zb) = a b' - za sum(b') - zb' sum(a - za)        b' = b - 128, signed;  zb' = zb - 128
+    (a - za) (b - zb) = a b - za sum(b) - zb sum(a - za)
 
-Else the values of the codes are multiplied as floats; one compiled pass and a multiplication make them.
+A layer's kernel would want b packed, at each call. Else the values of the codes are multiplied as floats; one compiled
+pass and a multiplication make them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from torch import Tensor, fx
 
 from inc_graph.graph import insert_call, replace_uses, val
 from inc_graph.lowering._context import OneDnnContext
-from inc_graph.lowering._dynamic import DynamicLayer, dynamic_codes, taken
+from inc_graph.lowering._dynamic import dynamic_codes, taken
 from inc_graph.lowering._dynamic_claims import Chosen, chosen
 from inc_graph.lowering._onednn import define
-from inc_graph.lowering._packed import PackedWeight
 from inc_graph.lowering.base import Claim
 from inc_graph.oppattern import argument
 from inc_graph.ops import DEQUANTIZE
@@ -53,17 +53,15 @@ def _product(
         taken["float product"] += 1
         return torch.matmul(_values(a, qtype, scheme, per_row), _values(b, other_qtype, other_scheme, False))
     taken["int8 product"] += 1
-    codes, params = dynamic_codes(a, qtype, scheme, per_row)
-    other, (scale, zero) = dynamic_codes(b, other_qtype, other_scheme, False)
-    signed = (other ^ 128).view(torch.int8).t().contiguous()
-    weight = PackedWeight(signed, scale.expand(len(signed)), codes.shape)
-    layer = DynamicLayer(weight, signed.sum(1, dtype=torch.int32).float() * scale, None, None)
-    y: Tensor = layer.run(codes, params)
-    rest = zero - 128
-    if rest != 0:
-        rows = codes.sum(-1, dtype=torch.int32).float().reshape(-1) - codes.shape[-1] * params[1]
-        y -= (rows * params[0] * scale * rest).reshape(*codes.shape[:-1], 1)
-    return y
+    codes, (scale, zero) = dynamic_codes(a, qtype, scheme, per_row)
+    other, (other_scale, other_zero) = dynamic_codes(b, other_qtype, other_scheme, False)
+    left, right = ((x ^ 128).view(torch.int8) for x in (codes.view(-1, a.shape[-1]), other))
+    zero, other_zero, scale = zero[:, None] - 128, other_zero - 128, scale[:, None] * other_scale
+    y = torch._int_mm(left, right).float()
+    y -= zero * right.sum(0, dtype=torch.int32).float()
+    if other_zero != 0:
+        y -= other_zero * (left.sum(1, dtype=torch.int32).float()[:, None] - left.shape[1] * zero)
+    return (y * scale).view(*a.shape[:-1], b.shape[1])
 
 
 define("dynamic_values(Tensor x, str qtype, str scheme, bool per_row) -> Tensor", _values,
