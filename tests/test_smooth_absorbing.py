@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    def __init__(self, count: int = 2) -> None:
+    def __init__(self, count: int = 1) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block() for _ in range(count))
         self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 6)
@@ -100,7 +100,7 @@ PAIRS = {"attention.q": "norm", "attention.k": "norm", "attention.v": "norm", "a
 
 @pytest.mark.parametrize("kind", [Blocks, Python])
 def test_every_pair_is_found(kind: Any) -> None:
-    model = make(kind)
+    model = make(kind, 2)
     q = quantize(copy.deepcopy(model), SMOOTH, run)
     found = lines(q)
     for block in ("layers.0", "layers.1"):
@@ -119,7 +119,7 @@ def test_every_pair_is_found(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", [Blocks, Python])
 def test_the_float_function_stays_and_is_put_back(kind: Any) -> None:
-    model = make(kind)
+    model = make(kind, 2)
     want, before = model(X), {k: v.clone() for k, v in model.state_dict().items()}
     prepared = prepare(model, SmoothQuantConfig(alpha=0.8))
     run(prepared)
@@ -140,6 +140,7 @@ def test_the_float_function_stays_and_is_put_back(kind: Any) -> None:
     assert all(torch.equal(v, before[k]) for k, v in float_again.state_dict().items())
 
 
+@pytest.mark.slow
 def test_as_in_a_graph() -> None:
     model = make()
     eager = quantize(copy.deepcopy(model), SMOOTH, run, backend="eager")
@@ -151,6 +152,7 @@ def test_as_in_a_graph() -> None:
         assert line.largest == pytest.approx(b[name].largest, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [RTNConfig(bits=8, group_size=-1), GPTQConfig(bits=8, group_size=-1), DynamicQuantConfig(),
@@ -164,13 +166,14 @@ def test_composed(other: Any) -> None:
     assert error(q, model) < 0.1
 
 
+@pytest.mark.slow
 def test_a_search_for_alpha() -> None:
     model = make()
     q: Any = quantize(copy.deepcopy(model), SmoothQuantConfig(alpha="auto"), run)
     assert error(q, model) < 0.6 * error(quantize(copy.deepcopy(model), StaticQuantConfig(), run), model)
-    assert q.report.smoothing.count("absorbed") >= 4
+    assert q.report.smoothing.count("absorbed") >= 2
     assert all(line.error is not None for line in q.report.smoothing)
-    q = quantize(make(Blocks, 1), SmoothQuantConfig(alpha="auto", do_blockwise=True), run)
+    q = quantize(make(), SmoothQuantConfig(alpha="auto", do_blockwise=True), run)
     assert len({line.alpha for line in q.report.smoothing if line.layers[0].startswith("layers.0")}) == 1
 
 
@@ -204,6 +207,7 @@ def test_a_failure_leaves_it_as_it_was_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert lines(convert(prepared))["layers.0.attention.o"].by == "absorbed"
 
 
+@pytest.mark.slow
 def test_saved_and_loaded(tmp_path: Path) -> None:
     q: Any = quantize(make(), SMOOTH, run)
     save(q, tmp_path)
@@ -312,6 +316,7 @@ def test_batch_norms_behind_a_convolution() -> None:
     assert error(q, model, x) < 0.05
 
 
+@pytest.mark.slow
 def test_a_float_layer_takes_scales_in_too() -> None:
     config = SmoothQuantConfig(alpha=0.6).set_local("mlp.up", SmoothQuantConfig(w_dtype="fp32"))
     config = config.set_local("attention.v", StaticQuantConfig())
@@ -323,8 +328,9 @@ def test_a_float_layer_takes_scales_in_too() -> None:
     assert error(q, model) < 0.05
 
 
+@pytest.mark.slow
 def test_a_model_that_is_never_called_itself() -> None:
-    model = make()
+    model = make(Blocks, 2)
 
     def parts(m: nn.Module) -> None:
         with torch.no_grad():
@@ -360,6 +366,7 @@ def test_nothing_that_can_be_exported() -> None:
     assert {line.by for line in q.report.smoothing} == {"absorbed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model, x = make().to(dtype), X.to(dtype)

@@ -112,6 +112,7 @@ def test_a_list_of_alphas(model: nn.Module, config: Any) -> None:
     assert found == {best} if best != "auto" else len(q.report.smoothing) == 2
 
 
+@pytest.mark.slow
 def test_the_candidates_of_the_config_itself(model: nn.Module) -> None:
     q = tune(model, SmoothQuantConfig.get_config_set_for_tuning(), Error(model), max_trials=5)
     facts = [(c.alpha, c.folding, c.scale_sharing) for c in (t.config for t in q.tuning.trials)]
@@ -145,6 +146,7 @@ def test_an_interrupted_search_goes_on(model: nn.Module, tmp_path: Path) -> None
     assert len(set(keys)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [(DATA[0],), None], ids=["graph", "layers"])
 @pytest.mark.parametrize("composed", [False, True])
 def test_which_layers_have_to_stay_float(model: nn.Module, composed: bool, inputs: Any) -> None:

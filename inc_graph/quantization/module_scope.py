@@ -255,7 +255,9 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     with absorbing.absorbing(model, found, facts.recipe, again, inplace) as notes:
         if notes:
             _warn_of_folding(found, notes[0])
-        return _convert(model, found, facts, backend, inplace, notes)
+        made, report = _convert(model, found, facts, backend, inplace, notes)
+    warn_of_weights(report)
+    return made
 
 
 def _warn_of_folding(found: dict[Leaf, list[str]], why: str) -> None:
@@ -267,12 +269,12 @@ def _warn_of_folding(found: dict[Leaf, list[str]], why: str) -> None:
     if names:
         text = f"SmoothQuant with folding=True smooths nothing layer by layer: {', '.join(names[:4])}"
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        warnings.warn(f"{text}{more}; {why}; folding=False multiplies inputs instead", IncWarning, stacklevel=5)
+        warnings.warn(f"{text}{more}; {why}; folding=False multiplies inputs instead", IncWarning, stacklevel=4)
 
 
 def _convert(
     model: nn.Module, found: dict[Leaf, list[str]], facts: _Facts, backend: str | None, inplace: bool, notes: list[str]
-) -> nn.Module:
+) -> tuple[nn.Module, Report]:
     stopped = block_inputs_of(model)
     blocks = BlockByBlock(model, stopped, found) if stopped is not None and stopped.calls else None
     watched = {leaf: observers_of(leaf) for leaf in found}
@@ -324,7 +326,7 @@ def _convert(
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         warnings.warn(
-            f"{len(missing)} layers saw no calibration data and stay float: {shown}", IncWarning, stacklevel=3
+            f"{len(missing)} layers saw no calibration data and stay float: {shown}", IncWarning, stacklevel=4
         )
     if inplace:
         for leaf, paths in found.items():
@@ -341,5 +343,4 @@ def _convert(
     report.timings = list(timings.items())
     report.bytes_after = attribute_bytes(model)
     keep_report(model, report)
-    warn_of_weights(report)
-    return model
+    return model, report
