@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, fx
 
 from inc_graph.channel_stats import ChannelObserver
-from inc_graph.graph import get_attr, get_tensor, peek_meta, view_key
+from inc_graph.graph import get_attr, get_tensor, peek_meta, val, view_key
 from inc_graph.oppattern import argument, pattern_of
 from inc_graph.passes._absorb import Plan, Producers, classes
 from inc_graph.smooth_report import SmoothLine
 from inc_graph.smoothing import Smoothing
 from inc_graph.spec import QSpec
 
-__all__ = ["Format", "Group", "Site", "find_sites", "grouped", "input_index", "weight_index"]
+__all__ = ["Format", "Group", "Site", "find_sites", "grouped", "input_index", "origin_of", "weight_index"]
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,17 @@ class Group:
     def together(self, x: Tensor) -> Tensor:
         """The largest value of all channels that need one scale, for each: float32 [channels]."""
         return x.clone().scatter_reduce_(0, self.same, x, "amax")[self.same]
+
+
+def origin_of(node: fx.Node) -> fx.Node:
+    """What a value is, before views that give it the shape that it had."""
+    while node.target in (aten.view.default, aten.reshape.default):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if val(source).ndim != val(node).ndim or val(source).shape[-1] != val(node).shape[-1]:
+            break
+        node = source
+    return node
 
 
 def input_index(layer: fx.Node, axis: int, channels: int) -> Tensor:

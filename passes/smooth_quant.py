@@ -27,7 +27,7 @@ from inc_graph.passes._smooth_apply import Edits
 from inc_graph.passes._smooth_blocks import find_blocks
 from inc_graph.passes._smooth_choice import choose, choose_together
 from inc_graph.passes._smooth_search import Judge
-from inc_graph.passes._smooth_sites import Group, Site, find_sites, grouped
+from inc_graph.passes._smooth_sites import Group, Site, find_sites, grouped, origin_of
 from inc_graph.passes._smooth_whole import settle
 from inc_graph.passes.annotate import Annotate
 from inc_graph.passes.fold_constants import fold_factors
@@ -118,7 +118,7 @@ def _calibrate(gm: fx.GraphModule, sites: list[Site], groups: list[Group], recal
     if not any(gm.graph.find_nodes(op="call_module")):
         return
     (site,) = sites if len(sites) == 1 else (None,)
-    if site is None or list(inputs) != [site.value]:
+    if site is None or list(inputs) != [origin_of(site.value)]:
         raise PassError("there are no calls to calibrate the smoothed graph with")
     rows, ranges = _known(site)
     rerun(gm, rows)

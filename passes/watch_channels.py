@@ -21,7 +21,7 @@ from inc_graph.passes._absorb import Producers
 from inc_graph.passes._bare import remove_observers
 from inc_graph.passes._channels import NoWeight
 from inc_graph.passes._place import behind, head, stamp
-from inc_graph.passes._smooth_sites import input_index
+from inc_graph.passes._smooth_sites import input_index, origin_of
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.recipe import get_recipe, smoothing_of
 from inc_graph.registry import PASSES
@@ -59,7 +59,7 @@ class WatchChannels(Pass):
             watched.setdefault((node.args[0], axis), []).append(node)  # type: ignore[arg-type]
         _refuse_norms_without_weight(gm, watched, wanted)
         for (value, axis), layers in watched.items():
-            needed = value.op == "placeholder" or any(wanted[n].auto for n in layers)
+            needed = origin_of(value).op == "placeholder" or any(wanted[n].auto for n in layers)
             samples = max(wanted[n].n_samples for n in layers) if needed else 0
             observer = ChannelObserver(axis, samples, layers[0].name, module_path(layers[0]))
             name = set_module(gm, f"channels_{value.name}", observer)

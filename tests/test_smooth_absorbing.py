@@ -406,3 +406,16 @@ def test_a_language_model_of_transformers() -> None:
         want, got = model(ids).logits, q(ids).logits
     assert type(q) is LlamaForCausalLM and float((got - want).norm() / want.norm()) < 0.03
     assert q.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0).shape == (2, 14)
+
+
+def test_conv1d_of_transformers_is_multiplied_and_calibrated() -> None:
+    """Its graph looks at its input through a view: the rows that are kept are those of the view, too."""
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    torch.manual_seed(0)
+    model = nn.Sequential(conv1d(24, 16), nn.GELU(), conv1d(8, 24)).eval()
+    x = X * outliers(16)
+    for config in (SMOOTH, SmoothQuantConfig(alpha="auto")):
+        with torch.no_grad():
+            q = quantize(model, config, lambda m: m(x), inplace=False)
+            assert 20 * torch.log10(model(x).norm() / (model(x) - q(x)).norm()) > 25
+        assert [line.by for line in q.report.smoothing] == ["multiplied"] * 2
