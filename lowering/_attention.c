@@ -12,9 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { L = 16, R = 12, P = 32 }; /* floats of a vector; queries of a tile; keys or values beside each other in it */
-typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
+#include "_vectors.h"
+
+enum { R = 12, P = 32 }; /* queries of a tile; keys or values beside each other in it */
 typedef uint8_t B __attribute__((vector_size(16), aligned(1), may_alias));
 enum { NO_MASK, ADDED, SEEN }; /* what a mask is: none, float32, bool */
 
@@ -40,25 +40,10 @@ int vectors(void) {
 #endif
 }
 
-static inline V all(float x) { return (V){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-static inline V pick(I mask, V a, V b) { return (V)((mask & (I)a) | (~mask & (I)b)); }
-
-/* e^x for x <= 0: Taylor on [-ln 2 / 2, ln 2 / 2], 2^n in the exponent; 0 below -87, NaN goes to NaN. */
+/* e^x for x <= 0: 0 below -87, NaN goes to NaN. */
 static inline V exp_of(V x) {
-  V t = pick((I)(x > -87), x, all(-87)), n, r, p;
-  n = t * 1.44269504f + 12582912.f;
-  n -= 12582912.f;
-  r = t - n * 0.693359375f + n * 2.12194440e-4f;
-  p = all(1.f / 5040);
-  p = p * r + 1.f / 720;
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
-  p = p * r + .5f;
-  p = p * r + 1;
-  p = p * r + 1;
-  p = (V)((I)p + (__builtin_convertvector(n, I) << 23));
-  return pick((I)(x >= -87), p, pick((I)(x == x), all(0), x));
+  V y = exp_within(pick((I)(x > -87), x, all(-87)));
+  return pick((I)(x >= -87), y, pick((I)(x == x), all(0), x));
 }
 
 static float sum_of(V x) {

@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "_vectors.h"
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define FAST 1
@@ -23,9 +25,6 @@
 enum { NONE, F32, F16, BF16 };
 enum { QUANTIZE, RANGES, APPLY, FINISH };                /* what a call does with its rows */
 enum { LINEAR, RELU, GELU, GELU_TANH, SILU };            /* activation functions */
-enum { L = 16 };
-typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
 
 typedef struct {
   const void *x;            /* input, or sums */
@@ -160,8 +159,6 @@ static void quantize_row(const Job *w, const float *x, int64_t row, float larges
 }
 
 /* -------------------------------------------------------------------------------------------------------- finish */
-static inline V all(float x) { return (V){0} + x; }
-static inline V pick(I mask, V a, V b) { return (V)((mask & (I)a) | (~mask & (I)b)); }
 #if FAST
 static inline V least(V a, V b) { return (V)_mm512_min_ps((__m512)b, (__m512)a); } /* a where either is NaN */
 static inline V most(V a, V b) { return (V)_mm512_max_ps((__m512)b, (__m512)a); }
@@ -170,23 +167,8 @@ static inline V least(V a, V b) { return pick((I)(b < a), b, a); }
 static inline V most(V a, V b) { return pick((I)(b > a), b, a); }
 #endif
 
-/* e^x: Taylor on [-ln 2 / 2, ln 2 / 2], 2^n in the exponent; two units in the last place. NaN goes to NaN. */
-static inline V exp_of(V x) {
-  V t = most(least(x, all(88)), all(-87)), n, r, p;
-  n = t * 1.44269504f + 12582912.f;
-  n -= 12582912.f;
-  r = t - n * 0.693359375f + n * 2.12194440e-4f;
-  p = all(1.f / 5040);
-  p = p * r + 1.f / 720;
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
-  p = p * r + .5f;
-  p = p * r + 1;
-  p = p * r + 1;
-  p = (V)((I)p + (__builtin_convertvector(n, I) << 23));
-  return pick((I)(x == x), p, x);
-}
+/* e^x, and beyond what float32 holds its ends; NaN goes to NaN. */
+static inline V exp_of(V x) { return pick((I)(x == x), exp_within(most(least(x, all(88)), all(-87))), x); }
 
 /* erf, |error| < 5e-7: x p(x^2) / q(x^2), fitted to the least largest error on [0, 3.92]; beyond that it is 1. */
 static inline V erf_of(V x) {

@@ -16,6 +16,8 @@
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "_vectors.h"
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define FAST 1
@@ -23,9 +25,7 @@
 #define FAST 0
 #endif
 
-enum { L = 16, ROWS = 4, PAD = 32 };
-typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
+enum { ROWS = 4, PAD = 32 };
 
 typedef struct {
   const float *x;           /* [rows, gates * units], of the packed sequences */
@@ -44,25 +44,11 @@ typedef struct {
 int64_t job_size(void) { return (int64_t)sizeof(Job); }
 
 /* ------------------------------------------------------------------------------------------------------ functions */
-static inline V all(float x) { return (V){0} + x; }
-static inline V pick(I mask, V a, V b) { return (V)((mask & (I)a) | (~mask & (I)b)); }
 
-/* e^x, |x| at most 87: Taylor on half of ln 2 to both sides of 0, the rest goes into the exponent. NaN stays NaN. */
+/* e^x, |x| at most 87; NaN stays NaN. */
 static inline V exp_of(V x) {
-  V t = pick((I)(x > 87), all(87), pick((I)(x < -87), all(-87), x)), n, r, p;
-  n = t * 1.44269504f + 12582912.f;
-  n -= 12582912.f;
-  r = t - n * 0.693359375f + n * 2.12194440e-4f;
-  p = all(1.f / 5040);
-  p = p * r + 1.f / 720;
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
-  p = p * r + .5f;
-  p = p * r + 1;
-  p = p * r + 1;
-  p = (V)((I)p + (__builtin_convertvector(n, I) << 23));
-  return pick((I)(x == x), p, x);
+  V t = pick((I)(x > 87), all(87), pick((I)(x < -87), all(-87), x));
+  return pick((I)(x == x), exp_within(t), x);
 }
 
 static inline V sigmoid(V x) { return 1 / (1 + exp_of(-x)); }
