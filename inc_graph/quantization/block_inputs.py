@@ -24,13 +24,14 @@ from torch.utils import _pytree as pytree
 
 from inc_graph.aside import Aside, Kept, Waiting
 from inc_graph.gram import GramObserver
-from inc_graph.quantization.chain import Chain, Form, Reads, Stop, copies, same, without_caches, without_values
+from inc_graph.quantization.chain import Chain, Reads, copies, same, without_caches
 from inc_graph.quantization.finish import observers_of
 from inc_graph.quantization.hidden_runs import Buffers, no_fakes_left, unseen
 from inc_graph.quantization.layers import leaves
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.not_computed import NotComputed, leave_alone
 from inc_graph.quantization.streaming import is_streamed
+from inc_graph.quantization.without_values import Form, Stop, without_head, without_values
 
 __all__ = [
     "BlockInputs", "Call", "NotComputed", "Stop", "block_inputs_of", "block_paths", "copies", "grams", "stop_at_blocks",
@@ -214,7 +215,7 @@ def _chain(model: nn.Module, known: BlockInputs, own: Callable[..., Any], whole:
             chain = Chain(known.paths, len(known.calls) + 1)
             blocks = {i: model.get_submodule(path) for i, path in enumerate(known.paths)}
             try:
-                with no_fakes_left(model), without_values(blocks, known.forms, chain):
+                with without_values(blocks, known.forms, chain):
                     _run(model, known, own, whole, chain, collecting)
                 if not chain.unsure:
                     if chain.failed:
@@ -238,8 +239,8 @@ def _chain(model: nn.Module, known: BlockInputs, own: Callable[..., Any], whole:
 def _run(
     model: nn.Module, known: BlockInputs, own: Callable[..., Any], whole: Any, chain: Chain, collecting: Any
 ) -> None:
-    """Let a chain see a call. An output head of a language model is the end, and not run: its result is the largest
-    tensor there is."""
+    """Let a chain see a call. An output head of a language model is not run: its result is the largest tensor there is,
+    and nobody asks for it. So what follows it may fail."""
     hooks = []
 
     def enter(i: int) -> Any:
@@ -261,10 +262,6 @@ def _run(
 
         return hook
 
-    def end(module: nn.Module, args: Any) -> None:
-        if chain.at_end:
-            raise Stop("nothing but the output head is left")
-
     for i, path in enumerate(known.paths):
         block = model.get_submodule(path)
         hooks.append(block.register_forward_pre_hook(enter(i), with_kwargs=True, prepend=True))
@@ -272,12 +269,13 @@ def _run(
     for leaf, paths in leaves(model).items():
         if grams(leaf):
             hooks.append(leaf.register_forward_pre_hook(layer(known.holds(paths))))
-    if isinstance(head := _head(model), nn.Module):
-        hooks.append(head.register_forward_pre_hook(end))
     try:
         args, kwargs = copies(whole)  # the model may write to what it is given
-        with contextlib.suppress(Stop), Reads(chain):
+        with contextlib.suppress(Stop), without_head(_head(model), chain), no_fakes_left(model), Reads(chain):
             own(*args, **kwargs)
+    except Exception:
+        if not chain.at_head:
+            raise
     finally:
         for hook in hooks:
             hook.remove()

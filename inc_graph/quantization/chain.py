@@ -11,53 +11,22 @@ depends on such values, as it would for a confidence that ends it early, that ca
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from inc_graph.errors import CalibrationError
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.not_computed import NotComputed
+from inc_graph.quantization.without_values import Form, Stop
 
-__all__ = ["Chain", "Form", "Reads", "Stop", "copies", "same", "without_caches", "without_values"]
-
-
-class Stop(ValueError):
-    """Ends a call of the model behind the last thing that is wanted of it. A ValueError: calibration loops that were
-    written for neural_compressor catch that."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a block gives: a tensor, in a tuple or not, and maybe more.
-
-    Attributes:
-        tree: Where it is.
-        more: Of each of the others, whether there is one (or `None`).
-        dtype: Of the tensor.
-    """
-
-    tree: Any
-    more: tuple[bool, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(result: Any) -> Form:
-        """That of a result whose first part is a tensor."""
-        leaves, tree = pytree.tree_flatten(result, is_leaf=lambda x: x is None)
-        return Form(tree, tuple(x is not None for x in leaves[1:]), leaves[0].dtype)
-
-    def holding(self, x: Tensor) -> Any:
-        """Such a result. Whoever reads the rest of it fails."""
-        return pytree.tree_unflatten([x, *(NotComputed() if some else None for some in self.more)], self.tree)
+__all__ = ["Chain", "Reads", "copies", "is_cache", "same", "without_caches"]
 
 
 @dataclass
@@ -75,6 +44,7 @@ class Chain:
         first: (what flows, the keyword that it is passed by, the other arguments) of the first block, as copies.
         forms: What each block gives.
         reads_all: Something but the next block reads what a block gives that is not the last one.
+        at_head: The output head was called behind the blocks.
         before, behind: Paths of the layers that were called before the first block, and after it, outside of blocks.
     """
 
@@ -86,6 +56,7 @@ class Chain:
     first: tuple[Tensor, str | None, tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     forms: list[Form] = field(default_factory=list)
     reads_all: bool = False
+    at_head: bool = False
     before: set[str] = field(default_factory=set)
     behind: set[str] = field(default_factory=set)
     _at: int = 0
@@ -293,30 +264,3 @@ def same(a: Any, b: Any) -> bool:
         return bool(a == b)
     except Exception:
         return False
-
-
-# ------------------------------------------------------------------------------------------------ blocks without values
-@contextlib.contextmanager
-def without_values(blocks: Mapping[int, nn.Module], forms: list[Form], chain: Chain) -> Iterator[None]:
-    """Blocks compute nothing: each gives a tensor of its form that has no values."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def stub(form: Form) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            assert chain.first is not None
-            x = chain.first[0]
-            with torch.inference_mode(False), mode:
-                return form.holding(torch.empty(x.shape, dtype=form.dtype, device=x.device))
-
-        return forward
-
-    own = {i: block.__dict__.get("forward") for i, block in blocks.items()}
-    try:
-        for i, block in blocks.items():
-            block.__dict__["forward"] = stub(forms[i])
-        yield
-    finally:
-        for i, block in blocks.items():
-            del block.__dict__["forward"]
-            if own[i] is not None:
-                block.__dict__["forward"] = own[i]

@@ -153,6 +153,21 @@ class Shared(Model):
             layer.b = self.layers[0].b
 
 
+class Compares(Model):
+    """Two passes through the whole model in a call, if that is long. It says what its output head is."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        y = super().forward(x)
+        if len(x) > 20:
+            self.calls -= 1
+            y = y - super().forward(-x)
+        assert float(y.abs().sum()) > 0  # reads what the head has not given
+        return y
+
+
 def made(cls: type[Model]) -> Model:
     torch.manual_seed(0)
     return cls().eval()
@@ -220,6 +235,8 @@ LATER: list[tuple[type[Model], list[tuple[Any, ...]], str]] = [
     (MaskInPlace, data(12, 12, 40), "batch 3, block layers.1 is called with other arguments"),
     (Aside, data(12, 12, 40), "batch 3, layer layers.1.a stands in its blocks and is called outside of them"),
     (InOut, data(12, 12), "layer inp is called before the blocks and behind them"),
+    (Compares, data(12, 12, 40), "batch 3, .*each once: layers.0 is called again"),
+    (Compares, data(40, 40), "each once: layers.0 is called again"),
     (Shared, data(12, 12), "layer layers.0.b does not belong to one block alone"),
 ]
 
@@ -241,10 +258,16 @@ def test_where_a_call_is_no_chain_all_layers_are_rounded_on_float_inputs(
     assert float(q.calls) == len(batches)
 
 
-@pytest.mark.parametrize(
-    ("cls", "batches"),
-    [(Windows, data(12, 12, 16)), (Confident, data(12, 12, 12)), (InPlace, data(12, 16)), (Passes, data(12, 16))],
-)
+CHAINS = [
+    (Windows, data(12, 12, 16)),
+    (Confident, data(12, 12, 12)),
+    (InPlace, data(12, 16)),
+    (Passes, data(12, 16)),
+    (Compares, data(12, 16)),
+]
+
+
+@pytest.mark.parametrize(("cls", "batches"), CHAINS)
 def test_where_each_call_is_a_chain_blocks_are_rounded_one_by_one(
     cls: type[Model], batches: list[Any], solved: list[Any]
 ) -> None:
