@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,22 @@ from torch.utils import _pytree as pytree
 
 from inc_graph.quantization.not_computed import NotComputed, leave_alone
 
-if TYPE_CHECKING:
-    from inc_graph.quantization.chain import Chain
-
-__all__ = ["Form", "Stop", "without_head", "without_values"]
+__all__ = ["Form", "Seen", "Stop", "without_head", "without_values"]
 
 
 class Stop(ValueError):
     """Ends a call of the model behind the last thing that is wanted of it. A ValueError: calibration loops that were
     written for neural_compressor catch that."""
+
+
+class Seen(Protocol):
+    """What is known of the call by now; see `Chain`."""
+
+    first: Any
+    at_head: bool
+
+    @property
+    def at_end(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Form:
 
 
 @contextlib.contextmanager
-def without_values(blocks: Mapping[int, nn.Module], forms: list[Form], chain: Chain) -> Iterator[None]:
+def without_values(blocks: Mapping[int, nn.Module], forms: list[Form], chain: Seen) -> Iterator[None]:
     """Blocks compute nothing: each gives a tensor of its form that has no values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -77,7 +84,7 @@ def without_values(blocks: Mapping[int, nn.Module], forms: list[Form], chain: Ch
 
 
 @contextlib.contextmanager
-def without_head(head: Any, chain: Chain) -> Iterator[None]:
+def without_head(head: Any, chain: Seen) -> Iterator[None]:
     """The output head behind the blocks gives a tensor without values; if its size is not known, the call ends."""
     if not isinstance(head, nn.Module):
         yield
