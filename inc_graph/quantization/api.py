@@ -23,7 +23,7 @@ from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization import module_scope, qat
 from inc_graph.quantization.base_config import BaseConfig
-from inc_graph.quantization.block_inputs import NotComputed, block_inputs_of
+from inc_graph.quantization.block_inputs import block_inputs_of
 from inc_graph.quantization.composable import as_config
 from inc_graph.quantization.compute_dtype import ComputeDtype, ComputeDtypes, chosen
 from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers, warn_of_weights
@@ -31,6 +31,7 @@ from inc_graph.quantization.kept_calls import keep_calls, kept_calls
 from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
+from inc_graph.quantization.not_computed import NotComputed
 from inc_graph.quantization.ordinary import ordinary_tensors
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.precision import all_float, fit_precision

@@ -29,7 +29,7 @@ from inc_graph.fast import fast_dtype
 from inc_graph.graph import peek_meta
 from inc_graph.options import parse_algorithm
 from inc_graph.quantization.block_inputs import BlockInputs, Call, Stop, grams
-from inc_graph.quantization.finish import observers_of
+from inc_graph.quantization.hidden_runs import Buffers
 from inc_graph.quantization.layer_groups import Apart, Group, Pause, input_of, twin_of
 from inc_graph.quantization.layers import put
 from inc_graph.quantization.leaf import Leaf
@@ -37,7 +37,7 @@ from inc_graph.quantization.lockstep import Lockstep
 from inc_graph.quantization.streaming import give_back, is_streamed
 from inc_graph.quantization.tail import run_tail
 
-__all__ = ["BlockByBlock"]
+__all__ = ["BlockByBlock", "is_sequential"]
 
 LOCKSTEP_BYTES = 2 << 30
 """Calls of a block wait in its middle for its layers to be rounded, if together they hold no more than this."""
@@ -69,15 +69,18 @@ class BlockByBlock:
     fast: bool = field(init=False, default_factory=lambda: fast_dtype() == torch.bfloat16)
     floats: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
     twins: dict[Leaf, nn.Module] = field(init=False, default_factory=dict)
+    twice: list[str] = field(init=False, default_factory=list)  # blocks that do not run in lockstep
+    buffers: Buffers = field(init=False)  # what the runs of blocks write to buffers is taken back
 
     def __post_init__(self) -> None:
         self.hidden = self.inputs.hidden()
+        self.buffers = Buffers(self.model)
 
     # --------------------------------------------------------------------------------------------------------- order
     def order(self) -> Iterator[Leaf]:
         """All leaves: those before the blocks, those of one block after the other, those behind the blocks."""
         outside = self._inside(None)
-        late = [leaf for leaf in outside if not _has_seen(leaf)]
+        late = [leaf for leaf in outside if leaf.path in self.inputs.behind]
         yield from (leaf for leaf in outside if leaf not in late)
         for b in range(len(self.inputs.paths)):
             inside = self._inside(b)
@@ -102,7 +105,7 @@ class BlockByBlock:
     def before(self, leaf: Leaf) -> None:
         """Have the layer's inputs collected, if it wants them."""
         if self._block_of(leaf) is None:
-            if self.block >= 0 and any(not o.elements for o in observers_of(leaf)):
+            if leaf.path in self.inputs.behind and self.block < len(self.inputs.paths):
                 self._tail()
             return
         lockstep = self.together is not None
@@ -112,7 +115,7 @@ class BlockByBlock:
         if at is None or not grams(leaf):
             return
         group = self.groups[at]
-        if not lockstep and _sequential(leaf) and at and leaf is group.leaves[0]:
+        if not lockstep and is_sequential(leaf) and at and leaf is group.leaves[0]:
             self._collect(group)
         if group.total is not None:
             group.fill(leaf)
@@ -133,8 +136,16 @@ class BlockByBlock:
                 observer.reset()
             if leaf is group.leaves[-1]:
                 group.total, group.known = None, {}
+        elif leaf.path in self.inputs.behind:
+            for observer in grams(leaf):
+                observer.reset()
 
     def close(self) -> None:
+        """It is over, well or not: everything is where it was."""
+        self._leave()
+        self.buffers.restore()
+
+    def _leave(self) -> None:
         """Put everything back in its place, also in the middle of a block."""
         if self.together is not None:
             self.together.close()
@@ -150,6 +161,7 @@ class BlockByBlock:
         self.groups, self.stage, self.apart, self.regular = [], 0, False, False
         found = self._probe()
         if found is None or self._waiting_bytes(found) > LOCKSTEP_BYTES:
+            self._twice()
             self._collect(None)
             return
         self.groups = found
@@ -204,9 +216,27 @@ class BlockByBlock:
     def _one_by_one(self) -> None:
         """The calls do not take the same way through the block: for the layers that are left they run apart."""
         known = self.groups[: self.stage]
-        self.close()
+        self._twice()
+        self._leave()
         self.groups = known
         self._collect(None)
+
+    def _twice(self) -> None:
+        """Note that the layers of this block are not calibrated on what the rounded ones in it give."""
+        if not any(is_sequential(leaf) for leaf in self._inside(self.block) if grams(leaf)):
+            self.twice.append(self.inputs.paths[self.block])
+
+    def notes(self) -> list[str]:
+        """What the report has to say."""
+        if not self.twice:
+            return []
+        what = f"{len(self.twice)} of {len(self.inputs.paths)} blocks, from {self.twice[0]} on"
+        streamed = any(is_streamed(leaf) for leaf in self.places)
+        why = "values of the model stay in its checkpoint" if streamed else "calls cannot wait in the middle of them"
+        return [
+            f"in {what}, layers were rounded on what the rounded blocks before theirs give, not on what the rounded"
+            f" layers before them in the block give: {why}; true_sequential=True does both, and takes longer"
+        ]
 
     def _waiting_bytes(self, groups: list[Group]) -> float:
         """About what the calls of a block hold while they wait in its middle; no end where memory is short anyway."""
@@ -326,7 +356,7 @@ class BlockByBlock:
             self._step()
         if self.together is not None:
             ends = self._go_on()
-            self.close()
+            self._leave()
             if ends is not None and all(isinstance(x, Tensor) for x in ends):
                 self.hidden = Kept(ends, None)
                 return
@@ -377,11 +407,7 @@ class BlockByBlock:
                 put(self.model, self.places[leaf], leaf)
 
 
-def _has_seen(leaf: Leaf) -> bool:
-    return all(o.elements for o in observers_of(leaf))
-
-
-def _sequential(leaf: Leaf) -> bool:
+def is_sequential(leaf: Leaf) -> bool:
     """Whether its method wants the inputs of each layer after those before it in the block are rounded."""
     notes = [peek_meta(node).get("weight", {}) for node in leaf.inner.graph.nodes]  # type: ignore[union-attr]
     return any(parse_algorithm(n["algorithm"])[1].get("true_sequential") for n in notes if n)

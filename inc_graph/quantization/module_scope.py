@@ -23,8 +23,8 @@ from inc_graph.graph import peek_meta
 from inc_graph.oppattern import Named, pattern_of, pattern_of_module, types_of_module
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization import absorbing, block_inputs
-from inc_graph.quantization.block_by_block import BlockByBlock
-from inc_graph.quantization.block_inputs import block_inputs_of, stop_at_blocks
+from inc_graph.quantization.block_by_block import BlockByBlock, is_sequential
+from inc_graph.quantization.block_inputs import BlockInputs, block_inputs_of, grams, stop_at_blocks
 from inc_graph.quantization.captures import Captures
 from inc_graph.quantization.finish import finish, no_data, observers_of, warn_of_weights
 from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, own_copy, put
@@ -235,6 +235,21 @@ def undo(model: nn.Module) -> nn.Module:
 
 
 # ------------------------------------------------------------------------------------------------------------ convert
+def _in_float(stopped: BlockInputs | None, found: dict[Leaf, list[str]]) -> list[str]:
+    """A note if layers are rounded on what the float layers before them give."""
+    asking = [leaf for leaf in found if grams(leaf)]
+    if not asking or (stopped is not None and not stopped.chain):
+        return []
+    note = "layers were rounded on their inputs in the float model"
+    if stopped is not None:
+        note += f", not block by block: {stopped.chain}"
+    elif len(asking) > 1 or any(map(is_sequential, asking)):
+        note += ": no list of several modules of one class, as the blocks of a language model, holds most of them"
+    else:
+        return []
+    return [f"{note}; true_sequential=True had no effect" if any(map(is_sequential, asking)) else note]
+
+
 def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     """Convert and lower each leaf. A leaf that no calibration data reached stays float, and the report says so.
 
@@ -286,10 +301,7 @@ def _convert(
     report = Report(
         facts.recipe.method, name, floats=list(facts.floats), bytes_before=facts.bytes_before, notes=[_NOTE, *notes]
     )
-    if stopped is not None and stopped.chain:
-        report.notes.append(
-            f"layers were rounded on their inputs in the float model, not block by block: {stopped.chain}"
-        )
+    report.notes += _in_float(stopped, found)
     timings = Counter(facts.timings)
     new: dict[Leaf, nn.Module] = {}
     missing: list[str] = []
@@ -322,6 +334,7 @@ def _convert(
             report.smoothing += [line for line in part.report.smoothing if line not in report.smoothing]
             for name, seconds in part.report.timings:
                 timings[name] += seconds  # type: ignore[assignment]
+    report.notes += blocks.notes() if blocks is not None else []
     report.notes += share_codes(tied, new)
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
