@@ -123,6 +123,8 @@ def _together(notes: list[Mapping[str, Any]], energies: list[float]) -> dict[str
             found[key] = math.sqrt(squares / whole) if whole > 0 else 0.0
         elif key == "dead":
             found[key] = sum(values)
+        elif key == "rank":  # of the groups that saw too little
+            found[key] = min(note[key] for note in notes if key in note)
         else:
             found[key] = max(values)
     return found
