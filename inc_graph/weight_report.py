@@ -34,6 +34,8 @@ class WeightLine:
         damping: What was added to the diagonal of the Hessian, relative to its mean; None if there is none.
         rank: Of the calibration data, if it is less than the layer has inputs: rows, independent ones, inputs that were
             not always 0, whichever is least; else None.
+        dead: Inputs that were 0 in all of the calibration data, if there are any.
+        fp8_scale: With `fp8_aware`: the power of two over which ``code * scale`` is a number of fp8 e4m3.
     """
 
     name: str
@@ -45,11 +47,14 @@ class WeightLine:
     error: float | None = None
     damping: float | None = None
     rank: int | None = None
+    dead: int | None = None
+    fp8_scale: float | None = None
 
     @classmethod
     def from_json(cls, data: Any) -> WeightLine:
         """ConfigError that names the field if the data is not of that form."""
         names = [f.name for f in fields(cls)]
+        data = {"dead": None, "fp8_scale": None, **data} if isinstance(data, dict) else data  # lines had none at first
         if not isinstance(data, dict) or set(data) != set(names):
             raise ConfigError(f"Report.weights: a line has the fields {names}")
         for name, value in data.items():
@@ -102,7 +107,8 @@ def weight_lines(gm: fx.GraphModule) -> Weights:
             seen.add(layer)
         spec = weight["spec"]
         size = spec["granularity"].get("sizes") or spec["granularity"]["kind"]
-        names = {"rounded": "rtn_error", "error": "error", "damping": "damping", "rank": "rank"}
+        names = {"rounded": "rtn_error", "error": "error", "damping": "damping"}
+        names |= {name: name for name in ("rank", "dead", "fp8_scale")}
         known = {field: _number(notes[name]) for field, name in names.items() if name in notes}
         name = module_path(node) or node.name
         form = f"{spec['qtype']} {size}"

@@ -239,7 +239,9 @@ class QuantizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         r = self.report
-        return f"{r.method} on {r.backend}: {len(r.kernels)} operators in int8 kernels, {len(r.floats)} float"
+        int8 = all(line.detail.removeprefix("fused into ").startswith("int8 ") for line in r.kernels)
+        where = "int8 kernels" if int8 else "kernels"
+        return f"{r.method} on {r.backend}: {len(r.kernels)} operators in {where}, {len(r.floats)} float"
 
 
 def _no_training() -> IncError:
