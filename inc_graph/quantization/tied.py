@@ -70,7 +70,8 @@ def share_codes(tied: Iterable[Owners], new: Mapping[Leaf, nn.Module]) -> list[s
 
 
 def tied_in_graph(gm: fx.GraphModule) -> list[str]:
-    """The same notes for an annotated graph, whose layers with one weight and one format always share their codes."""
+    """The same notes for an annotated graph, whose layers with one weight and one format always share their codes; what
+    else reads a weight is named, too."""
     readers: dict[object, tuple[dict[str, None], dict[str, None]]] = {}
     for node in gm.graph.nodes:
         pattern = pattern_of(node)
@@ -81,7 +82,16 @@ def tied_in_graph(gm: fx.GraphModule) -> list[str]:
         if isinstance(tensor, Tensor):
             quantized, kept = readers.setdefault(storage_key(tensor), ({}, {}))
             (quantized if "weight" in peek_meta(node) else kept)[module_path(node) or node.name] = None
+    for read in gm.graph.find_nodes(op="get_attr"):
+        tensor = get_attr(gm, str(read.target))
+        if isinstance(tensor, Tensor) and (found := readers.get(storage_key(tensor))) is not None:
+            found[1].update({user.name: None for user in read.users if not _is_weight_of(read, user)})
     return [_note(list(quantized), list(kept)) for quantized, kept in readers.values() if quantized and kept]
+
+
+def _is_weight_of(read: fx.Node, user: fx.Node) -> bool:
+    pattern = pattern_of(user)
+    return pattern is not None and pattern.weight is not None and argument(user, pattern.weight) is read
 
 
 def _note(quantized: list[str], kept: list[str]) -> str:

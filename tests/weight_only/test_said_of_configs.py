@@ -1,4 +1,4 @@
-"""What configs of weight-only methods are told: fields that cannot act, fields that exclude each other, in their names."""
+"""What is said of weight-only configs: fields that cannot act, or exclude each other; and what their reports hold."""
 
 from __future__ import annotations
 
