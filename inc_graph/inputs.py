@@ -6,7 +6,9 @@ compares kinds, shapes and constants first, and says what is wrong in the words 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,12 +90,28 @@ def check_inputs(
     flat = pytree.tree_leaves([bound[n] for n in names])  # positional ones first, then keywords as captured
     moved: dict[int, torch.Tensor] = {}
     if len(flat) == len(inputs["leaves"]):
-        _check_leaves(inputs, flat)
+        with _unrecorded():
+            _check_leaves(inputs, flat)
         if get_level(gm) != "lowered":  # a backend's graph takes any layout
             moved = {id(x): x.contiguous() for leaf, x in zip(inputs["leaves"], flat, strict=True) if _strided(leaf, x)}
     if moved:  # the views of the graph are those of the layout that it was captured with
         args, kwargs = pytree.tree_map(lambda x: moved.get(id(x), x), (args, kwargs))
     return (args, {**kwargs, **filled}) if filled or moved else None
+
+
+@contextlib.contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Sizes are numbers in here: torch.jit.trace makes tensors of them, and records what is asked of these."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    put: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    put(None)
+    try:
+        yield
+    finally:
+        put(state)
 
 
 def _strided(leaf: dict[str, Any], x: Any) -> bool:

@@ -12,9 +12,11 @@ from torch import fx
 from inc_graph.errors import ConfigError
 from inc_graph.graph import module_path, peek_meta
 from inc_graph.oppattern import argument, pattern_of
+from inc_graph.options import parse_algorithm
+from inc_graph.registry import ALGORITHMS
 from inc_graph.tables import printed
 
-__all__ = ["WeightLine", "Weights", "low_ranks", "weight_lines"]
+__all__ = ["WeightLine", "Weights", "low_ranks", "raised_dampings", "weight_lines"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class WeightLine:
         rounded: Relative error if each weight were rounded for itself; None if that is what was done, or not measured.
         error: Relative error of what was done: ``|W - W_q| / |W|``, or of the outputs where the algorithm knows inputs.
         damping: What was added to the diagonal of the Hessian, relative to its mean; None if there is none.
-        rank: Rows of calibration data, if there were fewer than the layer has inputs; else None.
+        rank: Of the calibration data, if it is less than the layer has inputs: rows, independent ones, inputs that were
+            not always 0, whichever is least; else None.
+        dead: Inputs that were 0 in all of the calibration data, if there are any.
+        fp8_scale: With `fp8_aware`: the power of two over which ``code * scale`` is a number of fp8 e4m3.
     """
 
     name: str
@@ -42,11 +47,14 @@ class WeightLine:
     error: float | None = None
     damping: float | None = None
     rank: int | None = None
+    dead: int | None = None
+    fp8_scale: float | None = None
 
     @classmethod
     def from_json(cls, data: Any) -> WeightLine:
         """ConfigError that names the field if the data is not of that form."""
         names = [f.name for f in fields(cls)]
+        data = {"dead": None, "fp8_scale": None, **data} if isinstance(data, dict) else data  # lines had none at first
         if not isinstance(data, dict) or set(data) != set(names):
             raise ConfigError(f"Report.weights: a line has the fields {names}")
         for name, value in data.items():
@@ -99,7 +107,8 @@ def weight_lines(gm: fx.GraphModule) -> Weights:
             seen.add(layer)
         spec = weight["spec"]
         size = spec["granularity"].get("sizes") or spec["granularity"]["kind"]
-        names = {"rounded": "rtn_error", "error": "error", "damping": "damping", "rank": "rank"}
+        names = {"rounded": "rtn_error", "error": "error", "damping": "damping"}
+        names |= {name: name for name in ("rank", "dead", "fp8_scale")}
         known = {field: _number(notes[name]) for field, name in names.items() if name in notes}
         name = module_path(node) or node.name
         form = f"{spec['qtype']} {size}"
@@ -107,15 +116,31 @@ def weight_lines(gm: fx.GraphModule) -> Weights:
     return found
 
 
+def raised_dampings(lines: Sequence[WeightLine]) -> str | None:
+    """A note of layers whose Hessian was damped more than was asked for; None if there are none."""
+    raised = [x for x in lines if x.damping is not None and x.damping > _asked(x.algorithm) * (1 + 1e-6)]
+    if not raised:
+        return None
+    shown = ", ".join(f"{x.name} ({x.damping:g})" for x in raised[:3]) + (", ..." if len(raised) > 3 else "")
+    return f"percdamp was raised where the Hessian is not positive definite with what was asked for: {shown}"
+
+
+def _asked(algorithm: str) -> float:
+    name, options = parse_algorithm(algorithm)
+    default = getattr(ALGORITHMS.get(name), "percdamp", math.inf)
+    return float(options.get("percdamp", default))
+
+
 def _number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def low_ranks(lines: Sequence[WeightLine]) -> str | None:
-    """A warning for layers that saw fewer rows of calibration data than they have inputs; None if all saw enough."""
+    """A warning for layers whose calibration data is of less rank than they have inputs; None if all saw enough."""
     low = [x for x in lines if x.rank is not None]
     if not low:
         return None
     shown = ", ".join(f"{x.name} (rank {x.rank})" for x in low[:3]) + (", ..." if len(low) > 3 else "")
     few = f"{len(low)} layer{'s' * (len(low) > 1)} saw fewer rows of calibration data than inputs"
+    few += ", or rows that depend on each other or leave inputs at 0"
     return f"{few}, so their Hessian is singular and rounding may fit the data too closely: {shown}"

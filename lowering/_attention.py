@@ -21,6 +21,7 @@ from torch import Tensor
 
 from inc_graph.graph import insert_call, replace_uses, val
 from inc_graph.lowering._context import OneDnnContext
+from inc_graph.lowering._direct import is_transformed, is_watched
 from inc_graph.lowering._onednn import define
 from inc_graph.lowering.base import Claim
 from inc_graph.native import load, runner
@@ -108,7 +109,11 @@ def _takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         )  # fmt: skip
         if not fits or mask.dtype not in (torch.bool, torch.float32) or mask.device.type != "cpu":
             return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return not _wants_gradient(*tensors)
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:
@@ -116,10 +121,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     kernel = _kernel() if plain and _takes(q, k, v, mask) else None
     if kernel is None:
         taken["torch"] += 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-        return y.transpose(-3, -2).contiguous().transpose(-3, -2)  # the layout that is promised, which it has mostly
+        return _by_torch(q, k, v, mask, scale, causal)
     taken["native"] += 1
     return kernel(q, k, v, mask, q.shape[3] ** -0.5 if scale is None else scale, causal)
+
+
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+    return y.transpose(-3, -2).contiguous().transpose(-3, -2)  # the layout that is promised, which it has mostly
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:
@@ -142,7 +151,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     Returns:
         [batch, heads, queries, size], heads beside each other in memory. Zeros for a query that sees nothing.
     """
-    if torch.compiler.is_compiling():
+    if is_transformed():
+        return _by_torch(q, k, v, mask, scale, causal)
+    if is_watched() and (torch.compiler.is_compiling() or not _wants_gradient(q, k, v)):
         found: Tensor = torch.ops.inc_onednn.attention(q, k, v, mask, scale, causal)
         return found
     return _attention(q, k, v, mask, scale, causal)

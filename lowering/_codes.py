@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from inc_graph.lowering._direct import is_watched
+
 __all__ = ["codes_to_unsigned", "dequantize_codes", "lookup_rows", "max_pool", "quantize_codes", "spread"]
 
 
@@ -24,7 +26,7 @@ def quantize_codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype)
     saturates like +inf, which is what torch's kernel makes of it: finding it first would cost half as much again.
     """
     plain = type(x) in (Tensor, torch.nn.Parameter)  # not fake: before torch 2.9 the kernel below has no fake form
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not plain:
+    if is_watched() or x.device.type != "cpu" or not plain:
         info = torch.iinfo(dtype)
         codes = torch.clamp(torch.round(x.float() * (1.0 / scale)) + zero_point, min=info.min)
         return torch.fmin(codes, codes.new_full((), info.max)).to(dtype)  # of NaN and a number it is the number

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from inc_graph import numerics
 from inc_graph.lowering import _onednn
+from inc_graph.lowering._direct import is_watched, packed_as_operator
 from inc_graph.lowering._dynamic_native import ACTIVATIONS, TYPES, Passes, passes
 from inc_graph.lowering._onednn import HAS_OPAQUE, PackedLayer, define, onednn, real
 from inc_graph.lowering._packed import PackedWeight
@@ -47,7 +48,7 @@ def _codes(x: Tensor, qtype: str, scheme: str, per_row: bool) -> tuple[Tensor, T
 
 
 def _native(x: Tensor) -> Passes | None:
-    plain = x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0
+    plain = x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0 and not is_watched()
     return passes() if plain else None
 
 
@@ -85,7 +86,7 @@ def dynamic_codes(x: Tensor, qtype: str, scheme: str, per_row: bool) -> tuple[Te
         codes uint8 [*, n], dense (a signed format's are 128 higher); scales and zero points of them, float32 [2, rows]
         or [2, 1].
     """
-    if type(x) is Tensor and not torch.compiler.is_compiling():
+    if type(x) is Tensor and not is_watched():
         return _codes(x, qtype, scheme, per_row)
     found: tuple[Tensor, Tensor] = torch.ops.inc_onednn.dynamic_codes(x, qtype, scheme, per_row)
     return found
@@ -202,20 +203,20 @@ else:
 
 def dynamic_layer(x: Tensor, params: Tensor, layer: DynamicLayer) -> Any:
     """Run a layer on what `dynamic_codes` gives."""
-    if HAS_OPAQUE and torch.compiler.is_compiling():
+    if packed_as_operator(HAS_OPAQUE):
         return torch.ops.inc_onednn.dynamic_layer(x, params, layer)
     return layer.run(x, params)
 
 
 def dynamic_layer_add(x: Tensor, params: Tensor, other: Tensor, layer: DynamicLayer) -> Any:
     """Run a layer and add `other`, of the dtype of the result, before its activation."""
-    if HAS_OPAQUE and torch.compiler.is_compiling():
+    if packed_as_operator(HAS_OPAQUE):
         return torch.ops.inc_onednn.dynamic_layer_add(x, params, other, layer)
     return layer.run(x, params, other)
 
 
 def dynamic_layer_codes(x: Tensor, params: Tensor, layer: DynamicLayer) -> Any:
     """Run a layer whose result is quantized by row: codes and parameters as from `dynamic_codes`."""
-    if HAS_OPAQUE and torch.compiler.is_compiling():
+    if packed_as_operator(HAS_OPAQUE):
         return torch.ops.inc_onednn.dynamic_layer_codes(x, params, layer)
     return layer.run(x, params)

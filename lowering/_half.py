@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inc_graph.lowering._half_gradient import gradients, is_wanted, with_gradient
+from inc_graph.lowering._direct import is_transformed, packed_as_operator
+from inc_graph.lowering._half_gradient import by_torch, gradients, is_wanted, with_gradient
 from inc_graph.lowering._onednn import HAS_OPAQUE, LIBRARY, PLAIN, Activation, PackedLayer, define, real
 from inc_graph.lowering._packed import Geometry
 
@@ -174,13 +175,17 @@ else:
 
 def half_layer(x: Tensor, layer: HalfLayer) -> Tensor:
     """Run a layer."""
-    if HAS_OPAQUE and torch.compiler.is_compiling():
+    if is_transformed():
+        return by_torch(layer, x)
+    if packed_as_operator(HAS_OPAQUE):
         return torch.ops.inc_onednn.half_layer(x, layer)  # type: ignore[no-any-return]
     return with_gradient(layer, x) if is_wanted(x) else layer.run(x)
 
 
 def half_layer_add(x: Tensor, other: Tensor, layer: HalfLayer) -> Tensor:
     """Run a layer and add `other` before its activation function."""
-    if HAS_OPAQUE and torch.compiler.is_compiling():
+    if is_transformed():
+        return by_torch(layer, x, other)
+    if packed_as_operator(HAS_OPAQUE):
         return torch.ops.inc_onednn.half_layer_add(x, other, layer)  # type: ignore[no-any-return]
     return with_gradient(layer, x, other) if is_wanted(x, other) else layer.run(x, other)

@@ -15,7 +15,7 @@ from torch import Tensor
 from inc_graph.lowering._onednn import Activation
 from inc_graph.lowering._packed import Geometry
 
-__all__ = ["gradients", "is_wanted", "with_gradient"]
+__all__ = ["by_torch", "gradients", "is_wanted", "with_gradient"]
 
 
 class Layer(Protocol):
@@ -37,8 +37,11 @@ def is_wanted(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def _plain(layer: Layer, x: Tensor, other: Tensor | None) -> Tensor:
-    weight, bias, geometry, act = layer.weight.values(), layer.bias, layer.geometry, layer.activation
+def by_torch(layer: Layer, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """The layer written with torch's operators."""
+    with torch._C._DisableFuncTorch():  # a transform does not know oneDNN's layouts
+        weight = layer.weight.values()
+    bias, geometry, act = layer.bias, layer.geometry, layer.activation
     if geometry is None:
         y = F.linear(x, weight, bias)
     else:
@@ -69,7 +72,7 @@ def gradients(layer: Layer, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]
     """Of the layer's inputs (x, or x and the value that is added), given that of its output."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
-        y = _plain(layer, leaves[0], leaves[1] if len(leaves) > 1 else None)
+        y = by_torch(layer, leaves[0], leaves[1] if len(leaves) > 1 else None)
     return torch.autograd.grad(y, leaves, grad)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from inc_graph.errors import LoweringError
+from inc_graph.lowering._direct import packed_as_operator
 from inc_graph.lowering._packed import Geometry, PackedWeight
 
 __all__ = ["HAS_OPAQUE", "Activation", "Int8Layer", "NotPickled", "Other", "Output", "PackedLayer",
@@ -236,21 +237,21 @@ else:
 
 def int8_layer(x: Tensor, layer: Int8Layer) -> Tensor:
     """Run a layer on uint8 (or int8) codes."""
-    if HAS_OPAQUE and torch.compiler.is_compiling():
+    if packed_as_operator(HAS_OPAQUE):
         return torch.ops.inc_onednn.layer(x, layer)
     return layer.run(x)
 
 
 def int8_layer_add(x: Tensor, other: Tensor, layer: Int8Layer) -> Tensor:
     """Run a layer and add `other` (float32) before its activation."""
-    if HAS_OPAQUE and torch.compiler.is_compiling():
+    if packed_as_operator(HAS_OPAQUE):
         return torch.ops.inc_onednn.layer_add(x, other, layer)
     return layer.run(x, other)
 
 
 def int8_layer_sum(x: Tensor, other: Tensor, layer: Int8Layer) -> Tensor:
     """Run a layer and add the codes `other` into their own memory, which is given back. The caller owns `other`."""
-    if HAS_OPAQUE and torch.compiler.is_compiling():
+    if packed_as_operator(HAS_OPAQUE):
         torch.ops.inc_onednn.layer_sum_(x, other, layer)
         return other
     return layer.run(x, other)

@@ -26,6 +26,7 @@ from torch import Tensor
 from inc_graph import numerics
 from inc_graph.errors import SpecError
 from inc_graph.fast import fast_dtype
+from inc_graph.lowering._direct import is_direct, is_transformed
 from inc_graph.lowering._weight_only_native import Kernels, kernels
 from inc_graph.packing import check_packed, unpack
 from inc_graph.qtypes import QType, get_qtype
@@ -67,9 +68,14 @@ def weight_only_linear(
     Returns:
         [*, out] of x's dtype.
     """
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    if is_direct(x) and not (
+        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    ):
         return _linear(x, codes, scale, zero_point, bias, block, qtype, compute_dtype)
+    if is_transformed():
+        shape = (codes.shape[0], x.shape[-1])
+        weight = dequantize_weight(codes, scale, zero_point, block, qtype, shape, compute_dtype)
+        return F.linear(x.to(compute_dtype), weight, None if bias is None else bias.to(compute_dtype)).to(x.dtype)
     return torch.ops.inc_cpu.weight_only_linear(x, codes, scale, zero_point, bias, block, qtype, compute_dtype)
 
 

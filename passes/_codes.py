@@ -13,6 +13,7 @@ from torch import Tensor
 from inc_graph.errors import CalibrationError, ConfigError
 from inc_graph.numerics import quantize
 from inc_graph.options import make_algorithm
+from inc_graph.passes._extremes import at_ordinary_size
 from inc_graph.spec import PerBlock, QSpec, scale_shape
 from inc_graph.weights import Codes, Gram, WeightAlgorithm, narrow_scale, narrow_zero_point
 
@@ -42,9 +43,13 @@ def codes_of_weight(weight: Tensor, annotation: Mapping[str, Any], gram: Gram | 
     algorithm = make_algorithm(annotation["algorithm"])
     if isinstance(algorithm, WeightAlgorithm):
         with torch.no_grad():
-            if algorithm.inputs and weight.ndim > 2:
-                return _codes_of_kernels(algorithm, weight, spec, gram)
-            return algorithm.solve(weight, spec, gram)
+
+            def solve(w: Tensor) -> Codes:
+                if algorithm.inputs and w.ndim > 2:
+                    return _codes_of_kernels(algorithm, w, spec, gram)
+                return algorithm.solve(w, spec, gram)
+
+            return at_ordinary_size(solve, weight, gram if algorithm.inputs else None)
     return codes_by_range(weight, *algorithm.estimate(weight, spec), spec)
 
 
@@ -118,6 +123,8 @@ def _together(notes: list[Mapping[str, Any]], energies: list[float]) -> dict[str
             found[key] = math.sqrt(squares / whole) if whole > 0 else 0.0
         elif key == "dead":
             found[key] = sum(values)
+        elif key == "rank":  # of the groups that saw too little
+            found[key] = min(note[key] for note in notes if key in note)
         else:
             found[key] = max(values)
     return found

@@ -24,6 +24,8 @@ CONFIGS: dict[str, RTNConfig] = {
     "uint3": RTNConfig(bits=3, group_size=24, use_sym=False),
     "int8": RTNConfig(bits=8, group_size=-1),
     "nf4": RTNConfig(dtype="nf4", group_size=16),
+    "fp8": RTNConfig(dtype="fp8_e4m3"),
+    "fp8_e5m2": RTNConfig(dtype="fp8_e5m2", group_size=16),
     "double": RTNConfig(group_size=16, use_double_quant=True, double_quant_use_sym=False),
     "columns": RTNConfig(group_size=16, group_dim=0),
 }

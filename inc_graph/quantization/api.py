@@ -31,6 +31,7 @@ from inc_graph.quantization.kept_calls import keep_calls, kept_calls
 from inc_graph.quantization.layers import own_copy
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
+from inc_graph.quantization.no_effect import warn_no_effect
 from inc_graph.quantization.not_computed import NotComputed
 from inc_graph.quantization.ordinary import ordinary_tensors
 from inc_graph.quantization.pickling import refuse_pickling
@@ -140,6 +141,7 @@ def _prepare(
         warnings.warn(note, IncWarning, stacklevel=3)
     recipe = fit_precision(quant_config.recipe(name, BACKENDS.get(name).supported()), device)
     warn_unused(model, quant_config, stacklevel=3)
+    warn_no_effect(quant_config, stacklevel=3)
     asked = quant_config.predicates()
     if _is_ours(model):
         gm = cast(fx.GraphModule, model)

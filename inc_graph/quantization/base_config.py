@@ -129,6 +129,10 @@ class BaseConfig:
     def _settle(self) -> None:
         """Fields that depend on others, once all are set; and what no two fields may be together."""
 
+    def without_effect(self) -> list[str]:
+        """Fields that were set and change nothing beside the others, each "field=value: why"."""
+        return []
+
     def _post_init(self) -> None:
         """Classes written for neural_compressor call it at the end of `__init__`. There is nothing left to do."""
 

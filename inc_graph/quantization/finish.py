@@ -27,7 +27,7 @@ from inc_graph.registry import BACKENDS
 from inc_graph.report import Report, attribute_bytes, read_graph, with_activations
 from inc_graph.utils.device import choose_backend
 from inc_graph.utils.progress import progress
-from inc_graph.weight_report import low_ranks, weight_lines
+from inc_graph.weight_report import low_ranks, raised_dampings, weight_lines
 
 __all__ = ["assemble", "finish", "lower", "no_data", "observers_of", "remember_buffers", "warn_of_weights"]
 
@@ -98,7 +98,10 @@ def finish(observed: fx.GraphModule, backend: str | None = None, show: bool | No
 
 
 def warn_of_weights(report: Report) -> None:
-    """Say which layers had too little calibration data for what was done to them."""
+    """Say which layers had too little calibration data for what was done to them, and what that has led to."""
+    if (text := raised_dampings(report.weights)) is not None:
+        report.notes.append(text)
+        warnings.warn(f"{text}; the damping of each is in the report", IncWarning, stacklevel=4)
     if (text := low_ranks(report.weights)) is not None:
         warnings.warn(f"{text}; run more data through the prepared model", IncWarning, stacklevel=4)
 

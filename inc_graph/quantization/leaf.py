@@ -213,6 +213,8 @@ class Leaf(nn.Module):
     def __init__(self, inner: nn.Module, form: Form, path: str, original: nn.Module) -> None:
         nn.Module.__init__(self)  # not what a subclass inherits from the float layer
         self.inner, self.form, self.path = inner, form, path
+        if isinstance(inner, QuantizedModel):
+            inner.within = "inner."  # whose tensors `state_dict` calls those of the layer
         self.reason: str | None = None  # why it has to stay float, from how it is called
         self.number = branches.enroll(self)
         self._original: tuple[nn.Module, ...] = (

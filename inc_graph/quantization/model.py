@@ -74,6 +74,9 @@ class QuantizedModel(nn.Module):
         self._home = (torch.device(device_of(qdq)).type, self.backend)  # what was asked for, and where
         self.eval()
 
+    within = ""
+    """Name in the layer that holds it, with a dot, which the names of its tensors leave out."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, computed by the backend."""
         graph = self._for_compile[0] if torch.compiler.is_dynamo_compiling() else self.lowered
@@ -216,9 +219,10 @@ class QuantizedModel(nn.Module):
         own = {k[len(prefix) :]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         assign = bool(local_metadata.get("assign_to_params_buffers"))
         qdq, missing, unexpected, errors = load_tensors(self._whole(), own, assign)
-        missing_keys += [prefix + k for k in missing]
-        unexpected_keys += [prefix + k for k in unexpected]
-        error_msgs += [f"{prefix}{text}" for text in errors]
+        shown = prefix.removesuffix(self.within)
+        missing_keys += [shown + k for k in missing]
+        unexpected_keys += [shown + k for k in unexpected]
+        error_msgs += [f"{shown}{text}" for text in errors]
         if qdq is not None:
             self._lower(qdq)
         # torch goes on with `lowered`, which is done
@@ -239,7 +243,9 @@ class QuantizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         r = self.report
-        return f"{r.method} on {r.backend}: {len(r.kernels)} operators in int8 kernels, {len(r.floats)} float"
+        int8 = all(line.detail.removeprefix("fused into ").startswith("int8 ") for line in r.kernels)
+        where = "int8 kernels" if int8 else "kernels"
+        return f"{r.method} on {r.backend}: {len(r.kernels)} operators in {where}, {len(r.floats)} float"
 
 
 def _no_training() -> IncError:

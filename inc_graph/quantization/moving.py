@@ -162,7 +162,9 @@ def _kinds(gm: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _floats(node: fx.Node) -> bool:
-    return any(isinstance(v, Tensor) and v.is_floating_point() for v in pytree.tree_leaves(val(node)))
+    """Whether a node has values of the model's kind; float8 are codes."""
+    values = [v for v in pytree.tree_leaves(val(node)) if isinstance(v, Tensor)]
+    return any(v.is_floating_point() and v.dtype.itemsize > 1 for v in values)
 
 
 def _find_dtypes(gm: fx.GraphModule, change: _Change) -> None:

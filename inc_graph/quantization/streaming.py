@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from inc_graph.errors import CaptureError, ConfigError, IncWarning
 from inc_graph.quantization.base_config import BaseConfig
@@ -36,6 +37,7 @@ __all__ = [
     "give_back",
     "held",
     "is_streamed",
+    "source_of",
     "stream",
     "warn_unused",
 ]
@@ -126,6 +128,13 @@ class Source:
 
     checkpoint: Checkpoint
     names: Mapping[int, str]  # id of a parameter -> name in the checkpoint
+    filled: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, compare=False, repr=False)
+    """What was read for good, by `fill_rest` -> name in the checkpoint."""
+
+    def name_of(self, parameter: Tensor) -> str | None:
+        """Name in the checkpoint of a parameter, be it empty still or filled; None if it is not from there."""
+        name: str | None = self.names.get(id(parameter)) if parameter.is_meta else self.filled.get(parameter)
+        return name
 
     def value(self, empty: Tensor) -> Tensor:
         return self.checkpoint.read(self.names[id(empty)], empty)
@@ -195,6 +204,7 @@ def fill_rest(model: nn.Module, source: Source, inside: list[str]) -> None:
             value = source.value(tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
             known[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+            source.filled[known[id(tensor)]] = source.names[id(tensor)]
         table = owner._parameters if name in owner._parameters else owner._buffers
         table[name] = known[id(tensor)]  # type: ignore[assignment]
 
@@ -246,6 +256,12 @@ def stream(leaf: Leaf, source: Source, module: nn.Module) -> None:
     _empty(gm, module)
     gm.register_forward_pre_hook(lambda module, args: found.load(module))
     gm.register_forward_hook(lambda module, args, result: found.drop(module), always_call=True)
+
+
+def source_of(leaf: Leaf) -> Source | None:
+    """Where the values of a layer are, if they are in a file."""
+    found: _Stream | None = leaf.__dict__.get("_stream")
+    return None if found is None else found.source
 
 
 def is_streamed(leaf: Leaf) -> bool:

@@ -7,6 +7,7 @@ then. Layers that end up with the same codes, or the same weight in half precisi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -14,6 +15,7 @@ from inc_graph.graph import get_attr, inc_meta, module_path, peek_meta, storage_
 from inc_graph.oppattern import argument, pattern_of
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.model import QuantizedModel
+from inc_graph.quantization.streaming import source_of
 
 __all__ = ["keep_unpacked", "share_codes", "tied_in_graph", "tied_layers"]
 
@@ -68,7 +70,8 @@ def share_codes(tied: Iterable[Owners], new: Mapping[Leaf, nn.Module]) -> list[s
 
 
 def tied_in_graph(gm: fx.GraphModule) -> list[str]:
-    """The same notes for an annotated graph, whose layers with one weight and one format always share their codes."""
+    """The same notes for an annotated graph, whose layers with one weight and one format always share their codes; what
+    else reads a weight is named, too."""
     readers: dict[object, tuple[dict[str, None], dict[str, None]]] = {}
     for node in gm.graph.nodes:
         pattern = pattern_of(node)
@@ -79,7 +82,16 @@ def tied_in_graph(gm: fx.GraphModule) -> list[str]:
         if isinstance(tensor, Tensor):
             quantized, kept = readers.setdefault(storage_key(tensor), ({}, {}))
             (quantized if "weight" in peek_meta(node) else kept)[module_path(node) or node.name] = None
+    for read in gm.graph.find_nodes(op="get_attr"):
+        tensor = get_attr(gm, str(read.target))
+        if isinstance(tensor, Tensor) and (found := readers.get(storage_key(tensor))) is not None:
+            found[1].update({user.name: None for user in read.users if not _is_weight_of(read, user)})
     return [_note(list(quantized), list(kept)) for quantized, kept in readers.values() if quantized and kept]
+
+
+def _is_weight_of(read: fx.Node, user: fx.Node) -> bool:
+    pattern = pattern_of(user)
+    return pattern is not None and pattern.weight is not None and argument(user, pattern.weight) is read
 
 
 def _note(quantized: list[str], kept: list[str]) -> str:
@@ -91,7 +103,9 @@ def _note(quantized: list[str], kept: list[str]) -> str:
 
 def tied_layers(model: nn.Module) -> list[Owners]:
     """Of a prepared model: the modules that have one parameter, for each that several have."""
-    owners: dict[int, dict[nn.Module, str]] = {}
+    owners: dict[Any, dict[nn.Module, str]] = {}
+    sources = [source_of(m) for m in model.modules() if isinstance(m, Leaf)]
+    source = next((s for s in sources if s is not None), None)
     within = tuple(
         f"{path}." for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Leaf) and path
     )
@@ -101,6 +115,7 @@ def tied_layers(model: nn.Module) -> list[Owners]:
         layer = module.original if isinstance(module, Leaf) else module
         for parameter in layer._parameters.values() if layer is not None else ():
             if parameter is not None:
-                owners.setdefault(id(parameter), {}).setdefault(module, path)
+                name = None if source is None else source.name_of(parameter)  # one tensor of a file is several here
+                owners.setdefault(name or id(parameter), {}).setdefault(module, path)
     several = [found for found in owners.values() if len(found) > 1 and any(isinstance(m, Leaf) for m in found)]
     return [[(path, module) for module, path in found.items()] for found in several]

@@ -19,6 +19,7 @@ from inc_graph.passes.qparams._double import ScaleOptions
 from inc_graph.passes.qparams._groups import check_groups
 from inc_graph.passes.qparams._hessian import Hessian, hessian_of
 from inc_graph.passes.qparams._levels import Levels, levels_of
+from inc_graph.passes.qparams._rank import rank_of
 from inc_graph.passes.qparams._scales import Fp8Window, group_params
 from inc_graph.passes.qparams.rtn import RTN
 from inc_graph.registry import ALGORITHMS
@@ -52,7 +53,8 @@ class GPTQ(ScaleOptions, WeightAlgorithm):
 
     Notes of the codes: "damping" (as a share of the mean of the diagonal: more than `percdamp` if the Hessian was not
     positive definite with that), "error" and "rtn_error" (relative, of the outputs, here and by plain rounding), "rank"
-    (how many inputs were seen, if fewer than the weight has columns), "dead" (columns whose inputs were all 0, if any).
+    (how many independent inputs were seen, if fewer than the weight has columns), "dead" (columns whose inputs were all
+    0, if any).
     """
 
     name: ClassVar[str] = "gptq"
@@ -105,8 +107,8 @@ class GPTQ(ScaleOptions, WeightAlgorithm):
         energy = float(hessian.errors(target).sum())
         share = [math.sqrt(max(float(e.sum()), 0.0) / energy) if energy > 0 else 0.0 for e in (error, limit)]
         notes: dict[str, Any] = {"damping": hessian.damping, "error": share[0], "rtn_error": share[1]}
-        if gram is not None and gram.count < len(target):
-            notes["rank"] = gram.count
+        if gram is not None and (rank := rank_of(gram)) < len(target):
+            notes["rank"] = rank
         if dead := int((hessian.plain.diagonal() <= 0).sum()):
             notes["dead"] = dead
         if self.fp8_aware:

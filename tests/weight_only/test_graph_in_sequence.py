@@ -475,6 +475,71 @@ def test_a_layer_that_is_called_several_times(grams: list[Gram]) -> None:
         convert(bad)
 
 
+class Again(nn.Module):
+    """One layer at three places, and one that reads what it reads at the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.a(x) * 3)
+        y = self.a(x) + self.b(x)
+        return self.a(torch.relu(self.c(y)) * 5)
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("kind", ["again", "tied"])
+def test_a_weight_is_rounded_for_all_of_its_readers(
+    kind: str, sequence: bool, computed: torch.dtype, grams: list[Gram], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = made(Again) if kind == "again" else made(blocks=2), data()
+    paths = ["a"]
+    if kind == "tied":
+        paths = ["blocks.0.q", "blocks.1.q", "blocks.1.k"]
+        for block, name in ((0, "k"), (1, "q"), (1, "k")):
+            model.get_submodule(f"blocks.{block}.{name}").weight = model.blocks[0].q.weight
+    prepared = prepared_graph(model, batches=batches)
+    if not sequence:
+        monkeypatch.setattr(graph_in_sequence, "LIMIT", -1)
+    q = quietly(prepared, reference=True)
+    # a source counts once, however many read it
+    want = sum(products(model, path, batches) for path in (["a"] if kind == "again" else ["blocks.0.q", "blocks.1.q"]))
+    assert float((grams[0].matrix - want).norm() / want.norm()) < 0.02
+    assert grams[0].count == sum(map(len, batches)) * (3 if kind == "again" else 2)
+    weight = model.get_submodule(paths[0]).weight.detach()
+    rounded = float_weights(q)[paths[0]]
+    off = float(((rounded - weight) @ want * (rounded - weight)).sum())
+    whole = float((weight @ want * weight).sum())
+    for line in q.report.weights:
+        if line.name in paths:
+            assert line.error == pytest.approx((off / whole) ** 0.5, rel=0.05)
+            assert line.rank is None
+
+
+def test_a_kernel_that_strides_otherwise_elsewhere(grams: list[Gram], computed: torch.dtype) -> None:
+    class Strides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3, stride=2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)) * 4)
+
+    torch.manual_seed(0)
+    model, x = Strides().eval(), torch.randn(8, 4, 32)
+    prepared: Any = prepare(model, GPTQConfig(bits=4, group_size=-1, white_list=[nn.Conv1d]), example_inputs=(x,))
+    prepared(x)
+    quietly(prepared)
+    inner = torch.relu(model.a(x)) * 4
+    windows = [x.unfold(2, 3, 1), inner.unfold(2, 3, 2)]
+    rows = [w.movedim(1, 2).flatten(2).flatten(0, 1) for w in windows]
+    want = sum(r.T @ r for r in rows).detach()
+    assert grams[0].count == sum(map(len, rows))
+    assert float((grams[0].matrix - want).norm() / want.norm()) < 0.02
+
+
 # ------------------------------------------------------------------------------------------------------ where it is not
 def in_float(q: Any) -> str:
     return next((note for note in q.report.notes if "in the float model" in note), "")

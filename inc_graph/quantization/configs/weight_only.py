@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from inc_graph.errors import ConfigError
+from inc_graph.qtypes import get_qtype
 from inc_graph.quantization.base_config import BaseConfig, register_config
 from inc_graph.quantization.fields import (
     Field,
@@ -48,7 +49,7 @@ _FORMAT = {
         a_choice(*WEIGHT_TYPES),
         'Weight format: "int" with `bits`, or a format, whose own width counts then; "fp32" leaves float.',
     ),
-    "bits": Field(4, _BITS, "Bits of an integer weight."),
+    "bits": Field(4, _BITS, "Bits of an integer weight, from 2."),
     "use_sym": _bool(True, "Symmetric around zero: no zero point."),
     "group_size": Field(32, _GROUP, "Weights that share a scale, along the input; -1: all of an output channel."),
 }
@@ -67,9 +68,9 @@ def _double(sym: bool) -> dict[str, Field]:
     return {
         "use_double_quant": _bool(False, "Quantize the scales too."),
         "double_quant_dtype": Field("int", a_choice(*WEIGHT_TYPES[:-1]), "Format of the scales."),
-        "double_quant_bits": Field(8, _BITS, "Bits of the scales."),
+        "double_quant_bits": Field(8, _BITS, "Bits of the scales, from 2."),
         "double_quant_use_sym": _bool(sym, "Scales symmetric around zero."),
-        "double_quant_group_size": Field(256, _GROUP, "Scales that share a scale."),
+        "double_quant_group_size": Field(256, _GROUP, "Scales that share a scale: 2 or more, or -1 for all."),
     }
 
 
@@ -99,17 +100,32 @@ def integer_format(owner: str, dtype: str, bits: int, symmetric: bool) -> tuple[
     return (f"int{bits}", "symmetric") if symmetric else (f"uint{bits}", "asymmetric")
 
 
+def check_scale_group(owner: str, field: str, size: int) -> None:
+    """ConfigError for scales of which each would have a scale of its own."""
+    if size == 1:
+        raise ConfigError(
+            f"{owner}.{field}=1 would keep a scale for each scale", hint="a number from 2, or -1 for one scale for all"
+        )
+
+
 def scale_options(config: Any) -> dict[str, Any]:
     """What `use_double_quant` and its fields are as options of the algorithm."""
     if not config.use_double_quant:
         return {}
+    owner = type(config).__name__
+    if getattr(config, "fp8_aware", False):
+        raise ConfigError(
+            f"{owner}: fp8_aware and use_double_quant exclude each other",
+            hint="set one of them to False: powers of two are not quantized again",
+        )
+    check_scale_group(owner, "double_quant_group_size", config.double_quant_group_size)
     dtype, scheme = config.double_quant_dtype, "symmetric" if config.double_quant_use_sym else "asymmetric"
     if dtype not in ("int", "int2", "int3", "int4", "int8"):
         raise ConfigError(
-            f"{type(config).__name__}.double_quant_dtype {dtype!r} cannot be had for scales",
+            f"{owner}.double_quant_dtype {dtype!r} cannot be had for scales",
             hint="'int' with double_quant_bits",
         )
-    qtype, _ = integer_format(type(config).__name__, dtype, config.double_quant_bits, config.double_quant_use_sym)
+    qtype, _ = integer_format(owner, dtype, config.double_quant_bits, config.double_quant_use_sym)
     return {"scale_type": qtype, "scale_scheme": scheme, "scale_group": config.double_quant_group_size}
 
 
@@ -128,6 +144,20 @@ class WeightOnlyConfig(BaseConfig):
 
     def leaves_float(self) -> bool:
         return getattr(self, "dtype", None) == "fp32"
+
+    def without_effect(self) -> list[str]:
+        if self.leaves_float() or not isinstance(getattr(self, "dtype", None), str):
+            return []
+        found, named = [], self.dtype in _FORMATS
+        width = get_qtype(_FORMATS[self.dtype]).bits if named else int(self.dtype.removeprefix("int") or self.bits)
+        if self.bits not in (width, self.fields["bits"].default):
+            found.append(f"bits={self.bits}: dtype {self.dtype!r} has {width}")
+        if named and getattr(self, "use_sym", True) is False:
+            found.append(f"use_sym=False: dtype {self.dtype!r} has no zero point")
+        if getattr(self, "use_full_range", False) and (named or not self.use_sym):
+            of = f"dtype {self.dtype!r}" if named else "use_sym=False"
+            found.append(f"use_full_range=True: with {of} all codes are in use")
+        return found
 
     def algorithm(self) -> str | None:
         """The weight algorithm with its options, as recipes name it; None if this version does not have it."""
@@ -248,15 +278,21 @@ class HQQConfig(WeightOnlyConfig):
         "group_size": Field(64, _GROUP, "Weights that share a scale, along the output channels; -1: all of an input."),
         "quant_zero": _bool(True, "Quantize the zero points to 8 bits."),
         "quant_scale": _bool(False, "Quantize the scales to 8 bits."),
-        "scale_quant_group_size": Field(128, _GROUP, "Scales (zero points) that share a scale."),
+        "scale_quant_group_size": Field(
+            128, _GROUP, "Scales (zero points) that share a scale: 2 or more, or -1 for all."
+        ),
         **_HEAD,
     }
     needs_calibration = False
     tuning: ClassVar[dict[str, list[Any]]] = {"bits": [4, 8]}
 
     def algorithm(self) -> str:
+        if self.quant_zero or self.quant_scale:
+            check_scale_group(type(self).__name__, "scale_quant_group_size", self.scale_quant_group_size)
         options = {"quant_zero": str(self.quant_zero).lower(), "quant_scale": self.quant_scale}
-        return written("hqq", **options, meta_group=self.scale_quant_group_size)
+        return written(
+            "hqq", **options, meta_group=-1 if self.scale_quant_group_size == 1 else self.scale_quant_group_size
+        )
 
 
 _OPTIONAL_BITS = an_int(1, 32, also=(None,))
