@@ -18,7 +18,7 @@ from inc_graph.ops import DEQUANTIZE
 from inc_graph.pattern import Any as Anything
 from inc_graph.pattern import Match, P
 from inc_graph.quantization import StaticQuantConfig, convert, prepare
-from inc_graph.recurrent import GRU_STEPS, LSTM_STEPS
+from inc_graph.recurrent import GRU_STEPS, LSTM_STEPS, PROJECTION
 from inc_graph.registry import BACKENDS
 from tests.backends.qdq import Builder, Params, calls, lower, run_both
 
@@ -95,6 +95,18 @@ def small(op: str, act: str | None, weight: str | None) -> tuple[fx.GraphModule,
         i = b.input(index)
         table = b.weight(torch.rand(3, 4), weight or "int8", scheme=scheme)
         return b.done(b.call(aten.embedding.default, table, i)), index
+    if op == "projection":  # read by steps whose own weight is int8
+        x = torch.randn(3, 2, 16)
+        i = b.input(x)
+        first = b.call(aten.select.int, i, 0, 0)
+        h, c = (b.call(aten.slice.Tensor, first, 1, 0, n) for n in (2, 4))
+        scheme = "asymmetric" if weight and weight.startswith("u") else "symmetric"
+        steps, second = (
+            b.weight(torch.randn(16, 2) / 4, "int8"),
+            b.weight(torch.randn(2, 4), weight or "", scheme=scheme),
+        )
+        projection = b.call(PROJECTION, second)
+        return b.done(b.call(LSTM_STEPS, i, h, c, steps, False, None, projection)), x
     if op in ("lstm_steps", "gru_steps"):
         x, gates = torch.randn(3, 2, 16 if op == "lstm_steps" else 12), 4 if op == "lstm_steps" else 3
         i = b.input(x)
@@ -132,9 +144,8 @@ def test_every_entry_of_the_capability_table_has_a_kernel(
     ((expected, got),) = run_both(gm, lowered, x)
     assert (expected - got).abs().max() <= (FORMATS[act].scale if act and op == "add" else 1e-4)
     wanted = {"embedding_default"} if op == "embedding" else {n for n in lowered.report.kernels if "add" not in n}
-    assert (
-        wanted == set(lowered.report.kernels) and len(wanted) == 1 and not lowered.report.missed.keys() - {"add_tensor"}
-    )
+    assert wanted == set(lowered.report.kernels) and not lowered.report.missed.keys() - {"add_tensor"}
+    assert len(wanted) == (2 if op == "projection" else 1)  # with the steps that it is for
     if op == "add" and act in ("uint8", "int8"):
         assert lowered.report.absorbed == {"add_tensor": next(iter(wanted))}
 
