@@ -53,6 +53,8 @@ def check_loss(loss: Tensor) -> Tensor:
     Raises:
         TrainingError: it is not finite; no gradient has been computed then.
     """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must be a tensor, not {type(loss).__name__}: look at it before it is made a number")
     if torch.compiler.is_compiling() or loss.is_meta or bool(loss.detach().isfinite().all()):
         return loss
     value = f"{float(loss.detach()):g}" if loss.numel() == 1 else "not finite"

@@ -11,7 +11,12 @@ from inc_graph.errors import ConfigError
 from inc_graph.options import parse_algorithm
 from inc_graph.smooth_report import SmoothLine
 
-__all__ = ["ABSORBED", "CRITERIA", "SAMPLES", "WHY", "Absorbed", "Smoothing"]
+__all__ = ["ABSORBED", "CRITERIA", "SAMPLES", "WHY", "Absorbed", "FoldingError", "Smoothing"]
+
+
+class FoldingError(ConfigError):
+    """A norm was to take a scale in, and has no weight to."""
+
 
 ABSORBED = "inc_absorbed"
 """Key of the `meta` of a graph under which `absorb-scales` leaves a list of `Absorbed`, and under `WHY` the reasons of

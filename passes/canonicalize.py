@@ -13,6 +13,7 @@ stays.
 from __future__ import annotations
 
 import operator
+import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -133,7 +134,7 @@ def _identity(state: _State, node: fx.Node) -> str | None:
         if argument(dropout, 2) is not False and argument(dropout, 1) != 0:
             return "the dropout is in training mode"
         source = dropout.args[0]
-    elif node.target not in _COPIES and node.target not in _RETURNS:
+    elif node.target not in _COPIES and node.target not in _RETURNS and not _all_of(node):
         return ""
     elif not _same(source, node) or (node.target in _COPIES and node in state.leaving):
         return ""
@@ -148,6 +149,16 @@ def _identity(state: _State, node: fx.Node) -> str | None:
         if not dead.users:
             state.gm.graph.erase_node(dead)
     return None
+
+
+def _all_of(node: fx.Node) -> bool:
+    """Whether it takes a slice of everything, as torch before 2.9 writes for each `:` of an index."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    _, dim, start, end, step = (argument(node, i) for i in range(5))
+    size = val(node.args[0]).shape[dim or 0]  # type: ignore[arg-type]
+    beyond = end is None or (isinstance(end, int) and (end == sys.maxsize or (isinstance(size, int) and end >= size)))
+    return start in (None, 0) and step in (None, 1) and beyond
 
 
 def _dropout(node: fx.Node) -> fx.Node | None:

@@ -14,7 +14,6 @@ from typing import ClassVar
 from torch import fx
 
 from inc_graph.channel_stats import ChannelObserver
-from inc_graph.errors import ConfigError
 from inc_graph.graph import inc_meta, module_path, peek_meta, replace_uses, set_level, set_module
 from inc_graph.oppattern import named, pattern_of
 from inc_graph.passes._absorb import Producers
@@ -25,7 +24,7 @@ from inc_graph.passes._smooth_sites import input_index, origin_of
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.recipe import get_recipe, smoothing_of
 from inc_graph.registry import PASSES
-from inc_graph.smoothing import Smoothing
+from inc_graph.smoothing import FoldingError, Smoothing
 
 __all__ = ["WatchChannels"]
 
@@ -86,7 +85,7 @@ def _refuse_norms_without_weight(
         channels = value.meta["val"].shape[axis]
         found = producers.plan(value, {n: input_index(n, axis, channels) for n in folded})
         if isinstance(found, NoWeight):
-            raise ConfigError(
+            raise FoldingError(
                 f"SmoothQuant with folding=True cannot smooth {folded[0].name}: {found}",
                 node=folded[0],
                 module=module_path(folded[0]),

@@ -152,7 +152,8 @@ def test_a_model(tmp_path: Path) -> None:
     loaded = load(tmp_path / "q", copy.deepcopy(model))
     assert torch.equal(loaded(words, lengths), y) and loaded.lstm.num_layers == 2 and loaded.lstm.batch_first
     assert any("weight_hh_l1_reverse" in key for key in q.state_dict())
-    again.load_state_dict(q.state_dict())
+    with pytest.raises(RuntimeError, match=r"lstm\.weight \(packed for this machine"):
+        again.load_state_dict(q.state_dict())  # the weights of inputs are not in it
     assert torch.equal(again(words, lengths), y)
     big = quantized(Net(nn.LSTM(128, 256, 2)).eval())
     assert big.report.bytes_after <= 0.27 * big.report.bytes_before
@@ -271,3 +272,13 @@ def test_a_dynamic_number_of_steps(kind: type[nn.Module], tmp_path: Path) -> Non
         for shape in ((5, 3), (31, 2)):
             x = torch.randn(*shape, 12)
             assert close(q(x), model(x)) and all(map(torch.equal, flat(again(x)), flat(q(x))))
+
+
+def test_steps_of_no_sequence() -> None:
+    for layer in (nn.LSTM(6, 8, 2, bidirectional=True, proj_size=3), nn.GRU(6, 8, batch_first=True)):
+        x = torch.randn(0, 5, 6) if layer.batch_first else torch.randn(5, 0, 6)
+        out, last = layer.eval()(x)
+        got, end = quantized(Net(layer).eval())(x)
+        assert got.shape == out.shape
+        flat = [last] if isinstance(last, Tensor) else list(last)
+        assert [s.shape for s in ([end] if isinstance(end, Tensor) else end)] == [s.shape for s in flat]

@@ -202,7 +202,7 @@ def test_layer_by_layer_nothing_is_folded() -> None:
 
 @pytest.mark.parametrize("other", OTHERS[:2], ids=lambda c: c.name)
 def test_composed_layer_by_layer(other: Any) -> None:
-    for m, by in ((model(), "absorbed"), (asking(), "multiplied")):
+    for m, by in ((nn.Sequential(model()).eval(), "absorbed"), (nn.Sequential(asking()).eval(), "multiplied")):
         q = quantize(m, SmoothQuantConfig(alpha=0.6) + other, run)
         assert error(q) < 0.02 and {line.by for line in q.report.smoothing} == {by}
 

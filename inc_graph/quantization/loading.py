@@ -213,6 +213,7 @@ def _load_layers(
             lines = inner.report.recipe
             parts.recipe = lines if parts.recipe is None else parts.recipe + lines
             parts.reference += inner.report.reference
+            parts.smoothing += inner.report.smoothing
     inside = [p for paths, _ in plan for p in paths]
     state = _state(model, body["state"], saved, inside, body.get("state_dict") is True)
     for paths, leaf in plan:

@@ -2,7 +2,9 @@
 
 The whole model is exported on its first calibration call or, if that cannot be, each of its blocks. `absorb-scales`
 finds who can take scales in, with what the layers' own observers have seen. The exported model is what one call has
-made of it: where that did not read some parameters of a block, nothing is scaled in that block.
+made of it, and others may see more of it: the value of a norm that a base model ends with, say, or a branch that this
+call did not take. So scales are taken in only where nothing but the block around them, or an `nn.Sequential`, can read
+the value; where the call did not read some parameters of a block, nothing is scaled in that block.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from inc_graph.quantization.first_call import first_call
 from inc_graph.quantization.kept_calls import flat_inputs
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.recipe import Recipe, set_recipe
-from inc_graph.smoothing import ABSORBED, WHY, Absorbed
+from inc_graph.smoothing import ABSORBED, WHY, Absorbed, FoldingError
 
 __all__ = ["Leaves", "Look", "looked_at", "parameter_of", "watcher"]
 
@@ -90,28 +92,43 @@ def _look(model: nn.Module, path: str, ready: Leaves, recipe: Recipe) -> Look | 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what was worth saying was said of the layers
             gm = capture(module, *call)
+            read = {id(get_attr(gm, str(n.target))) for n in gm.graph.find_nodes(op="get_attr") if n.users}
             _name_in_model(gm, path)
             set_recipe(gm, replace(recipe, prepare=text))
             gm = Pipeline.parse(text).run(gm).graph
             why = _tell(gm, ready)
             gm.meta[CALLS] = Recalls([flat_inputs(gm, *call)], grams=False)
             gm = Pipeline.parse("absorb-scales").run(gm).graph
+    except FoldingError:
+        raise
     except IncError as e:
         return f"{path or 'the model'} cannot be exported to look at it: {e.message.splitlines()[0]}"
     look = Look(path, gm.meta[ABSORBED], {**gm.meta[WHY], **why})
-    read = {id(get_attr(gm, str(n.target))) for n in gm.graph.find_nodes(op="get_attr")}
     blind = {_block(look.named(name)): name for name, p in module.named_parameters() if id(p) not in read}
     for record in look.records:
-        places = [_block(p) for p in (*record.together, *record.line.takers, *map(look.named, record.factors))]
+        paths = [*record.together, *record.line.takers, *(look.named(n.rpartition(".")[0]) for n in record.factors)]
+        places = [_block(p) for p in paths]
         unread = next((blind[place] for place in places if place in blind), None)
         if unread is not None:
             look.drop(record.together, f"the first call did not use {look.named(unread)}, which may read it at others")
+        elif not _private(model, paths):
+            look.drop(record.together, "others than its block may read the value that would be scaled")
         elif any(parameter_of(module, name) is None for name in record.factors):
             look.drop(record.together, "who could take the scale in is no parameter")
     return look
 
 
+def _private(model: nn.Module, paths: list[str]) -> bool:
+    """Whether nobody but one block, or the `nn.Sequential` that they are in, sees what flows between these modules."""
+    block = _block(paths[0])
+    if block is not None and block not in paths and all(_block(p) == block for p in paths):
+        return True
+    above = {p.rpartition(".")[0] for p in paths}
+    return len(above) == 1 and type(model.get_submodule(above.pop())) is nn.Sequential
+
+
 def _block(path: str) -> str | None:
+    """The outermost part of a path that ends with a number: one of a row of blocks."""
     match = _BLOCK.match(path)
     return None if match is None else match.group()
 

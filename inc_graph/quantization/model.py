@@ -26,6 +26,9 @@ from inc_graph.utils.device import choose_backend
 __all__ = ["QuantizedModel", "all_or_nothing"]
 
 
+_ELSEWHERE = "inc_graph.quantization saves and loads such a model"
+
+
 class QuantizedModel(nn.Module):
     """Result of `convert`: called like the float model.
 
@@ -214,6 +217,8 @@ class QuantizedModel(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if self.fixed:
+            if strict:  # torch would say that all keys match
+                missing_keys.append(f"{prefix.removesuffix(self.within)}weight (packed for this machine: {_ELSEWHERE})")
             lists = (missing_keys, unexpected_keys, error_msgs)
             return super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         own = {k[len(prefix) :]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}

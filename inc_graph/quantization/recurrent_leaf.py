@@ -90,7 +90,9 @@ def call_recurrent(layer: Any, graph: Any, dtype: torch.dtype, x: Any, hx: Any =
         steps = x[:, None] if single else x.transpose(0, 1) if first else x
         n, data = steps.shape[1], steps.reshape(-1, layer.input_size)
         sizes = torch.full((steps.shape[0],), n, dtype=torch.int64)
-        if not steps.shape[0] or not n:
+        if not n and steps.shape[0]:
+            return _nothing(layer, x)
+        if not steps.shape[0]:
             _fault(layer, f"its input has shape {list(x.shape)}: there is no step")
     out, *last = graph(data, sizes, *_first(layer, hx, data, n, single, order))
     if packed:
@@ -101,6 +103,13 @@ def call_recurrent(layer: Any, graph: Any, dtype: torch.dtype, x: Any, hx: Any =
         out = out[:, 0] if single else out.transpose(0, 1) if first else out
         last = [s[:, 0] for s in last] if single else last
     return out, tuple(last) if layer.mode == "LSTM" else last[0]
+
+
+def _nothing(layer: Any, x: Tensor) -> tuple[Tensor, Any]:
+    """What it gives where there are steps and no sequences."""
+    wide = (2 if layer.bidirectional else 1) * (layer.proj_size or layer.hidden_size)
+    last = tuple(x.new_zeros(layers, 0, size) for layers, size in _states(layer))
+    return x.new_zeros(*x.shape[:-1], wide), last if layer.mode == "LSTM" else last[0]
 
 
 def _first(layer: Any, hx: Any, data: Tensor, n: int, single: bool, order: Tensor | None) -> list[Tensor]:

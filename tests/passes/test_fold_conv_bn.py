@@ -73,7 +73,7 @@ class Refused(nn.Module):
         y = self.conv(x)
         z = self.more(self.norms[0](y) * y)
         z = self.norms[2](self.more(self.norms[1](z.relu())))
-        return z, self.norm1d(self.linear(z[:, :, 0]))
+        return z, self.norm1d(self.linear(z.select(2, 0)))
 
 
 def test_golden() -> None:
