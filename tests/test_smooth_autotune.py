@@ -88,7 +88,9 @@ def test_one_method_after_the_other(model: nn.Module, inputs: Any) -> None:
     assert alphas(q.tuning) == [None, 0.5, "auto"] and len(set(scores)) == 3
     assert q.tuning.best.index > 0 and min(scores) == q.tuning.best.score < 0.75 * scores[0]
     assert float(Error(model)(q)) == pytest.approx(q.tuning.best.score)  # the model that is given back is the best one
-    assert len(q.report.smoothing) == 2 and q.report.smoothing[0].by == "absorbed"
+    # layer by layer the model's own forward might show the norm's result elsewhere: each layer multiplies its input
+    want = (2, "absorbed") if inputs else (3, "multiplied")
+    assert (len(q.report.smoothing), q.report.smoothing[0].by) == want
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
