@@ -67,6 +67,8 @@ def _inline_in(gm: fx.GraphModule) -> dict[str, str]:
             if user.name in outputs:
                 renamed[user.name] = value.name
             gm.graph.erase_node(user)
+        for source in node.all_input_nodes:
+            source.users.setdefault(node)  # torch forgets to note a region that gives nothing
         gm.graph.erase_node(node)
     used = set()
     for node in list(gm.graph.find_nodes(op="get_attr")):

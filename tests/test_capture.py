@@ -535,3 +535,29 @@ def test_an_input_that_is_written_to_keeps_its_memory() -> None:
 
     gm, x = capture(Writes(), (torch.zeros(2, 3),)), torch.zeros(3, 2).t()
     assert torch.equal(gm(x), torch.full((2, 3), 2.0)) and torch.equal(x, torch.ones(2, 3))
+
+
+def test_a_region_that_gives_nothing() -> None:
+    """torch's exporter leaves one whose results nobody reads, and does not note it with the values that it reads."""
+
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 2
+            with torch.enable_grad():
+                torch.sigmoid(self.first(y))
+            with torch.autocast("cpu", torch.bfloat16):
+                z = self.second(y)
+            return z.float() + y
+
+    random = RandomModel(586, 3, kinds=tuple(k for k in KINDS if k != "buffer"))
+    args, kwargs = random.inputs()
+    x = torch.randn(3, 4)
+    for model, inputs, named in ((Unread(), (x,), {}), (random, args, kwargs)):
+        with torch.no_grad():
+            gm = capture(model.eval(), inputs, named)
+        verify(gm, "float")
+        assert not any("wrap_with" in str(n.target) for n in gm.graph.nodes)
