@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "_numbers.h"
 #include "_vectors.h"
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -44,15 +45,6 @@ typedef struct {
 int64_t job_size(void) { return (int64_t)sizeof(Job); }
 
 /* ------------------------------------------------------------------------------------------------------- numbers */
-static inline float from_bits(uint32_t b) { float f; memcpy(&f, &b, 4); return f; }
-static inline uint32_t to_bits(float f) { uint32_t b; memcpy(&b, &f, 4); return b; }
-
-static inline float half(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-  float f = rest < 0x7c00 ? from_bits(rest << 13) * 0x1p112f : from_bits(rest << 13 | 0x7f800000);
-  return from_bits(to_bits(f) | sign);
-}
-
 static inline uint16_t to_half(float f) {
   uint32_t b = to_bits(f), sign = b >> 16 & 0x8000, rest = b & 0x7fffffff;
   if (rest > 0x7f800000) return (uint16_t)(sign | 0x7e00);
@@ -60,11 +52,6 @@ static inline uint16_t to_half(float f) {
   if (rest < 0x38800000) return (uint16_t)(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000)); /* subnormal */
   rest += 0xfff + (rest >> 13 & 1);
   return (uint16_t)(sign | ((rest - 0x38000000) >> 13));
-}
-
-static inline uint16_t to_bf16(float f) {
-  uint32_t b = to_bits(f);
-  return f != f ? 0x7fc0 : (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
 /* A row as float32: itself, or widened into `buffer`. */

@@ -150,7 +150,7 @@ static void store(const Job *w, int64_t row, int64_t r0, int64_t count, const fl
     float y = sums[j] + (w->bias ? w->bias[r0 + j] : 0);
     int64_t at = row * w->out_stride + r0 + j;
     if (w->out_type == F32) ((float *)w->out)[at] = y;
-    else ((uint16_t *)w->out)[at] = bf16(y);
+    else ((uint16_t *)w->out)[at] = to_bf16(y);
   }
 }
 

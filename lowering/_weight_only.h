@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "_numbers.h"
 #if defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #define FAST 1
@@ -36,20 +38,6 @@ typedef struct {
 } Job;
 
 /* ------------------------------------------------------------------------------------------------------- numbers */
-static inline float from_bits(uint32_t b) { float f; memcpy(&f, &b, 4); return f; }
-static inline uint32_t to_bits(float f) { uint32_t b; memcpy(&b, &f, 4); return b; }
-
-static inline float half(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-  float f = rest < 0x7c00 ? from_bits(rest << 13) * 0x1p112f : from_bits(rest << 13 | 0x7f800000);
-  return from_bits(to_bits(f) | sign);
-}
-
-static inline uint16_t bf16(float f) {
-  uint32_t b = to_bits(f), up = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-  return f != f ? 0x7fc0 : (uint16_t)up;
-}
-
 /* Scales or zero points [begin, begin + count) as float32. */
 static void params(const void *from, int type, int64_t begin, int64_t count, float *out) {
   int64_t i = 0;
@@ -131,7 +119,7 @@ static void portable(const Job *w, const uint8_t *row, const float *scale, const
     if (type == F32) { memcpy(out, values, 4 * (size_t)part); out = (float *)out + part; }
     else {
       uint16_t *o = out;
-      for (i = 0; i < part; i++) o[i] = bf16(values[i]);
+      for (i = 0; i < part; i++) o[i] = to_bf16(values[i]);
       out = o + part;
     }
     k0 += part;

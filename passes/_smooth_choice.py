@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
-from inc_graph.passes._smooth_blocks import Block
+from inc_graph.channel_stats import Recalls
+from inc_graph.passes._smooth_blocks import Block, find_blocks
 from inc_graph.passes._smooth_search import Judge, largest_inputs, largest_weights
 from inc_graph.passes._smooth_sites import Group
+from inc_graph.passes._smooth_whole import settle
 from inc_graph.passes.qparams.smooth import Choice, search, smooth_scale
 
-__all__ = ["choose", "choose_together"]
+__all__ = ["choose"]
 
 
-def choose(gm: fx.GraphModule, group: Group) -> Judge | None:
+def choose(gm: fx.GraphModule, groups: Sequence[Group], recalls: Recalls | None) -> None:
+    """Set the scales of all groups: one alpha for a block, their own for others; the whole model has the last word."""
+    blocks = find_blocks(gm, groups, recalls)
+    for block in blocks:
+        _together(block)
+    searched: dict[Group, Judge] = {}
+    for group in groups:
+        if not any(group in block.groups for block in blocks) and (judge := _alone(gm, group)) is not None:
+            searched[group] = judge
+    settle(gm, groups, searched, recalls)
+
+
+def _alone(gm: fx.GraphModule, group: Group) -> Judge | None:
     """Set the scale of a group, if any is good; its judge, if alpha was searched for."""
     how = group.sites[0].how
     if all(s.done == "left" for s in group.sites):
@@ -27,7 +43,7 @@ def choose(gm: fx.GraphModule, group: Group) -> Judge | None:
     return judge
 
 
-def choose_together(block: Block) -> None:
+def _together(block: Block) -> None:
     """Set the scales of the groups of a block, by one alpha."""
     _take(block.groups, search(block, *block.groups[0].sites[0].how.grid), block.judges)
 

@@ -21,11 +21,8 @@ from inc_graph.graph import get_tensor, module_path, view_key
 from inc_graph.oppattern import argument, pattern_of
 from inc_graph.passes._bare import forget_decisions, remove_observers
 from inc_graph.passes._channels import ways
-from inc_graph.passes._smooth_blocks import find_blocks
-from inc_graph.passes._smooth_choice import choose, choose_together
-from inc_graph.passes._smooth_search import Judge
+from inc_graph.passes._smooth_choice import choose
 from inc_graph.passes._smooth_sites import Group, find_sites, grouped, weight_index
-from inc_graph.passes._smooth_whole import settle
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 from inc_graph.smooth_report import SmoothLine
@@ -50,14 +47,7 @@ class AbsorbScales(Pass):
         remove_observers(gm)
         forget_decisions(gm)
         groups = grouped(gm, sites, copies=False)
-        searched: dict[Group, Judge] = {}
-        blocks = find_blocks(gm, groups, recalls)
-        for block in blocks:
-            choose_together(block)
-        for group in groups:
-            if not any(group in block.groups for block in blocks) and (judge := choose(gm, group)) is not None:
-                searched[group] = judge
-        settle(gm, groups, searched, recalls)
+        choose(gm, groups, recalls)
         found: list[Absorbed] = []
         why = {module_path(n): s.reason for g in groups for s in g.sites for n in s.layers if s.reason}
         readers = _readers(gm)

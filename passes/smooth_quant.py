@@ -24,11 +24,8 @@ from inc_graph.graph import module_path, set_level, take_fuel
 from inc_graph.passes._bare import forget_decisions, remove_observers
 from inc_graph.passes._rerun import rerun
 from inc_graph.passes._smooth_apply import Edits
-from inc_graph.passes._smooth_blocks import find_blocks
-from inc_graph.passes._smooth_choice import choose, choose_together
-from inc_graph.passes._smooth_search import Judge
+from inc_graph.passes._smooth_choice import choose
 from inc_graph.passes._smooth_sites import Group, Site, find_sites, grouped, origin_of
-from inc_graph.passes._smooth_whole import settle
 from inc_graph.passes.annotate import Annotate
 from inc_graph.passes.fold_constants import fold_factors
 from inc_graph.passes.insert_observers import InsertObservers
@@ -63,14 +60,7 @@ class SmoothQuant(Pass):
         fold_factors(gm)
         groups = grouped(gm, sites)
         edits = Edits(gm)
-        blocks = find_blocks(gm, groups, recalls)
-        for block in blocks:
-            choose_together(block)
-        searched: dict[Group, Judge] = {}
-        for group in groups:
-            if not any(group in block.groups for block in blocks) and (judge := choose(gm, group)) is not None:
-                searched[group] = judge
-        settle(gm, groups, searched, recalls)
+        choose(gm, groups, recalls)
         for group in groups:
             if group.scale is None:
                 continue

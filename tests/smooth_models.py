@@ -128,3 +128,13 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def gated_with_outliers() -> nn.Module:
+    """A norm that makes outliers, and layers with small weights for them, as trained models have."""
+    torch.manual_seed(0)
+    m = Gated().eval()
+    m.norm.weight.data = outliers(8, large=60)
+    for layer in (m.gate, m.up):
+        layer.weight.data /= m.norm.weight
+    return m

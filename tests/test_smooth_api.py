@@ -25,21 +25,12 @@ from inc_graph.quantization import (
     save,
 )
 from tests.smooth_models import Gated, outliers
+from tests.smooth_models import gated_with_outliers as model
 
 
 def data(batches: int = 4) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(2, 5, 8, generator=generator) for _ in range(batches)]
-
-
-def model() -> nn.Module:
-    """A norm that makes outliers, and layers with small weights for them, as trained models have."""
-    torch.manual_seed(0)
-    m = Gated().eval()
-    m.norm.weight.data = outliers(8, large=60)
-    for layer in (m.gate, m.up):
-        layer.weight.data /= m.norm.weight
-    return m
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inc_graph.errors import IncWarning
 from inc_graph.quantization import RTNConfig, SmoothQuantConfig, StaticQuantConfig, TuningConfig, autotune
-from tests.smooth_models import Gated, outliers
+from tests.smooth_models import gated_with_outliers
 
 SIGNED: dict[str, Any] = {"act_dtype": "int8", "act_sym": True}
 
@@ -28,13 +28,7 @@ def strict() -> Iterator[None]:
 
 @pytest.fixture
 def model() -> nn.Module:
-    """Outliers that the norm makes, and weights that are small for them."""
-    torch.manual_seed(0)
-    m = Gated().eval()
-    m.norm.weight.data = outliers(8, large=60)
-    for layer in (m.gate, m.up):
-        layer.weight.data /= m.norm.weight
-    return m
+    return gated_with_outliers()
 
 
 DATA = [torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(s)) for s in range(4)]

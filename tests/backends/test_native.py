@@ -64,7 +64,8 @@ def test_compiled_once_and_found_again(fresh: Path, monkeypatch: pytest.MonkeyPa
 def test_another_source_or_compiler_is_another_file(fresh: Path, tmp_path: Path) -> None:
     changed = tmp_path / SOURCE.name
     changed.write_bytes(SOURCE.read_bytes() + b"\n")
-    shutil.copy(SOURCE.with_suffix(".h"), tmp_path)
+    for header in SOURCE.parent.glob("*.h"):
+        shutil.copy(header, tmp_path)
     compiler = native._compiler()
     keys = {native._key(SOURCE, compiler), native._key(changed, compiler), native._key(SOURCE, [*compiler, "-g"])}
     assert len(keys) == 3
