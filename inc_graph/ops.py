@@ -60,8 +60,11 @@ for _schema in (
 ):
     _library.define(_schema, tags=_TAGS)
 
-for _name in ("quantize", "dequantize", "fake_quantize", "choose_qparams", "unpack"):
+for _name in ("quantize", "dequantize", "fake_quantize", "unpack"):
     _library.impl(_name, getattr(numerics, _name), "CompositeExplicitAutograd")
+# Without a derivative: that of a scale alone, where codes have none, would be a gradient of nothing.
+_library.impl("choose_qparams", torch.no_grad()(numerics.choose_qparams), "CompositeExplicitAutograd")
+_library.impl("choose_qparams", torch.library.fallthrough_kernel, "Autograd")
 
 QUANTIZE = torch.ops.inc.quantize.default
 DEQUANTIZE = torch.ops.inc.dequantize.default

@@ -66,7 +66,9 @@ def _why_whole(gm: fx.GraphModule, node: fx.Node) -> str | None:
     found = None if pattern is None else recipe.resolve(node, pattern)
     if found is None or (what := found[1].what) is None or what.weight is None:
         return _NO_RULE
-    if what.activation is None or not what.activation.dynamic:
+    if what.activation is None:
+        return "its weights alone are not quantized: give its activations a format, too (act_dtype)"
+    if not what.activation.dynamic:
         return "static ranges do not fit a state that is fed back through every step"
     if recipe.supported is not None and f"{kind}_steps" not in recipe.supported:
         return f"backend '{recipe.backend}' has no quantized kernel for {kind}"

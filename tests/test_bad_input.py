@@ -412,7 +412,7 @@ def test_twice(exported: bool) -> None:
     refused(p, ConfigError, "prepared already\n  hint: run calibration data", lambda m: prepare(m, CONFIG))
     refused(p, ConfigError, "prepared already", lambda m: prepare(m, CONFIG, example_inputs=x()))
     q = convert(p)
-    refused(q, ConfigError, "converted already\n  hint: convert takes the result of prepare", convert)
+    refused(q, ConfigError, "converted already\n  hint: give the float model, or the result of prepare", convert)
     for options in ({}, {"example_inputs": x()}):
         refused(
             q, ConfigError, "converted already\n  hint: prepare the float", lambda m, o=options: prepare(m, CONFIG, **o)

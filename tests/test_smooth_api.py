@@ -223,12 +223,16 @@ def test_alpha_out_of_range(alpha: Any) -> None:
 
 
 def test_options_of_the_search_out_of_range() -> None:
+    for args, what in (({"alpha_min": -1}, "'alpha_min' is a number from 0 to 1"),
+                       ({"n_samples": 0}, "'n_samples' is a whole number"), ({"n_samples": "8"}, "'n_samples' is"),
+                       ({"shared_criterion": "most"}, "'shared_criterion' is one of")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"auto_alpha_args must .* dictionary whose {what}"):
+            SmoothQuantConfig(alpha="auto", auto_alpha_args=args)
     m = model()
     before = {k: v.clone() for k, v in m.state_dict().items()}
-    for args, what in (({"alpha_min": -1}, "alpha_min"), ({"n_samples": 0}, "n_samples"),
-                       ({"shared_criterion": "most"}, "shared_criterion")):  # fmt: skip
-        with pytest.raises(ConfigError, match=what):
-            prepare(m, SmoothQuantConfig(alpha="auto", auto_alpha_args=args), example_inputs=(data()[0],))
+    with pytest.raises(ConfigError, match=r"no alpha from 0\.8 to 0\.2"):
+        args = {"alpha_min": 0.8, "alpha_max": 0.2}
+        prepare(m, SmoothQuantConfig(alpha="auto", auto_alpha_args=args), example_inputs=(data()[0],))
     assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
 
 

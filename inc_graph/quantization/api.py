@@ -273,7 +273,9 @@ def convert(
         if not _is_prepared(model):
             done = level in ("qdq", "lowered") or algorithms_of(model) is not None
             if done or any(isinstance(m, QuantizedModel) for m in model.modules()):
-                raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
+                raise ConfigError(
+                    "the model is converted already", hint="give the float model, or the result of prepare"
+                )
             if quant_config is None:
                 raise ConfigError(
                     "the model is not prepared",

@@ -145,7 +145,8 @@ class BaseConfig:
             if spec.candidates(value):
                 value = [spec.kept(v) for v in value]
             elif (expected := spec.check(value)) is not None:
-                near = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", expected), 1, 0.5)
+                words = re.findall(r"'(\w+)'", expected) if isinstance(value, str) else []
+                near = difflib.get_close_matches(str(value), words, 1, 0.5)
                 message = f"{type(self).__name__}.{key} must be {expected}, not {value!r}"
                 raise ConfigError(message, hint=f"did you mean {near[0]!r}?" if near else None)
             else:

@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = [
     "DEFAULT_WHITE_LIST", "Check", "Field", "a_bool", "a_choice", "a_dict", "a_list", "a_number", "a_string", "an_int",
-    "anything", "either", "normal", "unboxed", "unshared",
+    "anything", "either", "normal", "options_of", "unboxed", "unshared",
 ]  # fmt: skip
 
 DEFAULT_WHITE_LIST = "*"
@@ -169,6 +169,21 @@ def a_dict(*keys: str) -> Check:
         if good and (not keys or set(value) <= set(keys)):
             return None
         return "a dictionary" + (f" with the keys {', '.join(map(repr, keys))}" if keys else " with names as keys")
+
+    return check
+
+
+def options_of(fields: Mapping[str, Field]) -> Check:
+    """A dictionary of some of the fields, each with a legal value or a list of candidates for it."""
+    names = a_dict(*fields)
+
+    def check(value: Any) -> str | None:
+        if (wrong := names(value)) is not None:
+            return wrong
+        for key, v in value.items():
+            if (expected := fields[key].check(v)) is not None and not fields[key].candidates(v):
+                return f"a dictionary whose {key!r} is {expected}"
+        return None
 
     return check
 

@@ -14,6 +14,7 @@ from torch import fx, nn
 from inc_graph.capture import own_mutated
 from inc_graph.errors import IncError
 from inc_graph.graph import clone, get_attr, peek_meta
+from inc_graph.quantization.cut_gradients import Cut
 from inc_graph.quantization.decisions import Decisions, decisions_of
 from inc_graph.quantization.moving import Once, moved
 from inc_graph.quantization.pickling import NotPickled
@@ -74,6 +75,7 @@ class QuantizedModel(nn.Module):
         self._qdq = [qdq]  # not a submodule: its tensors are those of the lowered graph, or packed in it
         self.lowered = lowered
         self._for_compile = [for_compile or lowered]  # the same tensors once more: not a submodule either
+        self._cut = Cut.of(qdq)
         self._home = (torch.device(device_of(qdq)).type, self.backend)  # what was asked for, and where
         self.eval()
 
@@ -82,8 +84,10 @@ class QuantizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, computed by the backend."""
-        graph = self._for_compile[0] if torch.compiler.is_dynamo_compiling() else self.lowered
-        return graph(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return self._for_compile[0](*args, **kwargs)
+        out = self.lowered(*args, **kwargs)
+        return out if self._cut is None else self._cut.marked(out, (args, kwargs))
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -262,8 +266,11 @@ def all_or_nothing(model: nn.Module) -> None:
     """Let `train`, `to`, `half`, ... of a model, or of a part of it, ask its `QuantizedModel`s before anything changes.
 
     Some of them refuse; their siblings would be in another dtype by then, and the model would not run any more. The
-    report of the model is kept true, too.
+    report of the model is kept true, too. What they say of gradients is said once.
     """
+    cuts = [m._cut for m in model.modules() if isinstance(m, QuantizedModel) and m._cut is not None]
+    for cut in cuts:
+        cut.told = cuts[0].told
     for module in model.modules():
         if not isinstance(module, QuantizedModel) and any(isinstance(m, QuantizedModel) for m in module.modules()):
             own: list[tuple[str, Callable[..., Any]]] = [

@@ -258,7 +258,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     """
     found = leaves(model)
     if found and all(isinstance(leaf.inner, QuantizedModel) for leaf in found):
-        raise ConfigError("the model is converted already", hint="convert takes the result of prepare")
+        raise ConfigError("the model is converted already", hint="give the float model, or the result of prepare")
     facts: _Facts = model.__dict__[_MARK]
     captures = Captures()
 

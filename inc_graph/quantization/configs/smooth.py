@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from inc_graph.errors import ConfigError
 from inc_graph.quantization.base_config import register_config
 from inc_graph.quantization.configs.activations import EXCLUDED, INT8, Int8Config, static_int8
-from inc_graph.quantization.fields import Field, a_bool, a_choice, a_dict, a_number, either
+from inc_graph.quantization.fields import Field, a_bool, a_choice, a_number, an_int, either, options_of
 from inc_graph.recipe import OpQuant, Recipe
-from inc_graph.smoothing import Smoothing
+from inc_graph.smoothing import SAMPLES, Smoothing
 
 __all__ = ["SmoothQuantConfig"]
 
@@ -22,6 +22,7 @@ _ALPHA = {
     "shared_criterion": Field("max", a_choice("max", "min", "mean"), "Alpha of layers with one input."),
     "do_blockwise": Field(False, a_bool, "Search by the error of blocks, not of layers."),
 }
+_SEARCH = {**_ALPHA, "n_samples": Field(SAMPLES, an_int(1), "Entries of calibration data that the search looks at.")}
 
 
 @register_config(algo_name="smooth_quant")
@@ -35,7 +36,7 @@ class SmoothQuantConfig(Int8Config):
         "folding": Field(False, a_bool, "Only scale where a producer can absorb it; False: multiply elsewhere."),
         "scale_sharing": Field(False, a_bool, "Layers with one input share a scale."),
         **_ALPHA,
-        "auto_alpha_args": Field(None, either(a_choice(None), a_dict(*_ALPHA, "n_samples")),
+        "auto_alpha_args": Field(None, either(a_choice(None), options_of(_SEARCH)),
                                  "The options of the search together; None: those above."),
     }  # fmt: skip
     yields = True  # what another config of a composition claims is that one's to quantize, and smoothed all the same
