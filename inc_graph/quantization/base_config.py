@@ -9,30 +9,24 @@ import copy
 import difflib
 import inspect
 import itertools
-import json
-import os
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from torch import nn
 
 from inc_graph.algorithms.entries import algos_mapping
-from inc_graph.errors import ConfigError, IncError, IncWarning, MissingError
+from inc_graph.errors import ConfigError, IncError, MissingError
 from inc_graph.quantization.fields import DEFAULT_WHITE_LIST, Field, unboxed, unshared
 from inc_graph.quantization.mapping import config_mapping, entries_of, type_of
 from inc_graph.quantization.own_fields import fields_of
-from inc_graph.quantization.where import check_key, key_from_text, key_to_text, shown
+from inc_graph.quantization.where import check_key, shown
+from inc_graph.quantization.written_config import WrittenConfig
 from inc_graph.recipe import OpQuant, Recipe, WhereRule
 from inc_graph.registry import CONFIGS
-from inc_graph.utils.files import write_whole
 
 __all__ = ["DEFAULT_WHITE_LIST", "BaseConfig", "OperatorConfig", "register_config"]
-
-_OF_UPSTREAM = ("non_tunable_params", "_is_initialized", "_json_file")  # in its files; they say nothing
 
 C = TypeVar("C", bound="BaseConfig")
 
@@ -45,7 +39,7 @@ class OperatorConfig(NamedTuple):
     valid_func_list: Sequence[Callable[..., Any]] = ()
 
 
-class BaseConfig:
+class BaseConfig(WrittenConfig):
     """Base of the configs. Subclasses set `name` and `fields`.
 
     Args:
@@ -81,7 +75,6 @@ class BaseConfig:
     non_tunable_params: ClassVar[list[str]] = ["white_list"]
     needs_calibration: ClassVar[bool] = True
     _composition: ClassVar[Any] = None  # ComposableConfig, which is a config itself
-    _mark: ClassVar[dict[str, Any]] = {"_is_initialized": True}
     _is_initialized: bool = False
 
     if TYPE_CHECKING:  # the fields are in a table
@@ -223,142 +216,6 @@ class BaseConfig:
         new = object.__new__(type(self))
         vars(new).update({key: unshared(value) for key, value in vars(self).items()})
         return new
-
-    # -------------------------------------------------------------------------------------------------------- as values
-    def get_params_dict(self) -> dict[str, Any]:
-        """Field -> value."""
-        return {key: unshared(getattr(self, key)) for key in self.params_list}
-
-    def _own_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"non_tunable_params": list(self.non_tunable_params)}
-        for key in self.params_list:
-            spec, value = self.fields[key], getattr(self, key)
-            if spec.stored and not (spec.ours and value == spec.default):
-                found[key] = copy.deepcopy(value)
-            if not spec.stored and value is not spec.default:
-                text = f"{type(self).__name__}.{key} is left out: a file cannot hold it"
-                warnings.warn(text, IncWarning, stacklevel=3)
-        if self.white_list != DEFAULT_WHITE_LIST:
-            found["white_list"] = [key_to_text(key) for key in self.white_list]
-        return {**found, **self._mark}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Field -> value as JSON takes it; with local settings {"global": ..., "local": {key as text: ...}}.
-
-        Raises:
-            ConfigError: for a predicate that cannot be written down (a lambda).
-        """
-        return self._as_dict(BaseConfig._own_dict)
-
-    def _as_dict(self, own: Callable[[BaseConfig], dict[str, Any]]) -> dict[str, Any]:
-        """`to_dict`, with the values of each config from `own`."""
-        if not self._local:
-            return own(self)
-        local: dict[str, Any] = {}
-        for key, config in self._local.items():
-            inner = config._as_dict(own)
-            local[key_to_text(key)] = inner if type(config) is type(self) else {config.name: inner}
-        return {"global": own(self), "local": local}
-
-    @classmethod
-    def from_dict(cls: type[C], config_dict: Mapping[str, Any]) -> C:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ConfigError: names the field.
-        """
-        if not isinstance(config_dict, Mapping):
-            raise ConfigError(f"{cls.__name__} is read from a dictionary, not from {config_dict!r}")
-        if "global" not in config_dict and "local" not in config_dict:
-            return cls._from_own(config_dict)
-        if extra := sorted(set(map(str, config_dict)) - {"global", "local"}):
-            raise ConfigError(f"{cls.__name__}: {', '.join(extra)} beside 'global' and 'local'")
-        config = cls._from_own(config_dict.get("global") or {})
-        local = config_dict.get("local") or {}
-        if not isinstance(local, Mapping) or not all(isinstance(key, str) for key in local):
-            hint = '{"local": {"fc1": {field: value}}}'
-            raise ConfigError(f"{cls.__name__}: 'local' must give a config for each name, not {local!r}", hint=hint)
-        for key, inner in local.items():
-            config.set_local(key_from_text(key), cls._from_local(inner))
-        return config
-
-    @classmethod
-    def _from_own(cls: type[C], values: Mapping[str, Any]) -> C:
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{cls.__name__} is read from a dictionary, not from {values!r}")
-        if wrong := [key for key in values if not isinstance(key, str)]:
-            raise ConfigError(f"{cls.__name__}: fields have names, not {wrong[0]!r}")
-        found = {k: v for k, v in values.items() if k not in _OF_UPSTREAM}
-        if isinstance(found.get("white_list"), list):
-            found["white_list"] = [key_from_text(k) if isinstance(k, str) else k for k in found["white_list"]]
-        return cls(**{k: cls._from_json(k, v) for k, v in found.items()})
-
-    @classmethod
-    def _from_json(cls, key: str, value: Any) -> Any:
-        """JSON has no tuples: a list becomes one where the default is one."""
-        spec = cls.fields.get(key)
-        return tuple(value) if spec and isinstance(spec.default, tuple) and isinstance(value, list) else value
-
-    @classmethod
-    def _from_local(cls, inner: Any) -> BaseConfig:
-        if isinstance(inner, Mapping) and len(inner) == 1 and (name := next(iter(inner))) in CONFIGS:
-            return CONFIGS.get(name).from_dict(inner[name])
-        return cls.from_dict(inner)
-
-    @classmethod
-    def to_diff_dict(cls, instance: BaseConfig) -> dict[str, Any]:
-        """The fields of `instance` that differ from their defaults."""
-        mine = instance.get_params_dict()
-        return {k: v for k, v in mine.items() if instance.fields[k].stored and v != type(instance)._default(k)}
-
-    @classmethod
-    def _default(cls, key: str) -> Any:
-        return getattr(cls(), key)
-
-    @staticmethod
-    def get_the_default_value_of_param(config: BaseConfig, param: str) -> Any:
-        """The default of one field."""
-        return type(config)._default(param)
-
-    def to_json_string(self, use_diff: bool = False) -> str:
-        """JSON text; with `use_diff` of the fields only those that differ from their defaults."""
-        data = self._as_dict(_diff) if use_diff else self.to_dict()
-        try:
-            return json.dumps(data, indent=2) + "\n"
-        except TypeError as e:
-            raise ConfigError(f"{type(self).__name__} holds what JSON cannot say: {e}") from e
-
-    def to_json_file(self, filename: str | os.PathLike[str]) -> None:
-        """Write `to_json_string()` to a file, whole or not at all.
-
-        Raises:
-            ConfigError: the file cannot be written, for example because its folder is not there.
-        """
-        text, path = self.to_json_string(), Path(filename)
-        try:
-            write_whole(path, text)
-        except (OSError, ValueError) as e:  # ValueError: a path without a name
-            hint = f"make the folder {path.parent}" if isinstance(e, FileNotFoundError) else None
-            raise ConfigError(f"{filename} cannot be written: {e}", hint=hint) from e
-
-    @classmethod
-    def from_json_string(cls: type[C], text: str) -> C:
-        """Inverse of `to_json_string`. ConfigError if the text is not JSON, or not of this class."""
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"{cls.__name__}: not JSON: {e}") from e
-        except RecursionError as e:
-            raise ConfigError(f"{cls.__name__}: the JSON text is nested too deeply") from e
-
-    @classmethod
-    def from_json_file(cls: type[C], filename: str | os.PathLike[str]) -> C:
-        """Read what `to_json_file` wrote. ConfigError names the file."""
-        try:
-            return cls.from_json_string(Path(filename).read_text(encoding="utf-8"))
-        except (ConfigError, OSError, UnicodeDecodeError) as e:
-            reason, hint = (e.message, e.hint) if isinstance(e, ConfigError) else (str(e), None)
-            raise ConfigError(f"{filename}: {reason}", hint=hint) from e
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -549,13 +406,6 @@ def _check_inner(key: Any, config: BaseConfig) -> None:
         what = "local settings" if config._local else "a white list"
         hint = "give these names to set_local of the outer config; its rules apply to the whole model"
         raise ConfigError(f"the config in set_local({shown(key)}) has {what} of its own", hint=hint)
-
-
-def _diff(config: BaseConfig) -> dict[str, Any]:
-    found = config.to_diff_dict(config)
-    if config.white_list != DEFAULT_WHITE_LIST:
-        found["white_list"] = [key_to_text(key) for key in config.white_list]
-    return found
 
 
 def _white_list(value: Any) -> Any:
