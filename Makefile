@@ -12,10 +12,12 @@ TORCH_2_8   = VENV=$(IPEX_VENV) TORCH_SPEC=torch==2.8.0 EXTRAS=test,eval,ipex
 JOBS       ?= 2
 
 # What of the other tests runs on torch 2.8 each time: from export to kernels, all three kinds of quantization, and files.
-ON_TORCH_2_8 = tests/test_capture.py tests/test_api.py $(addprefix tests/passes/test_,annotate.py canonicalize.py \
-  convert_qdq.py dynamic.py fold_conv_bn.py insert_observers.py) $(addprefix tests/backends/test_,dynamic_joined.py \
-  dynamic_linear.py kernels_run.py onednn_layers.py weight_only_kernels.py) $(addprefix tests/weight_only/test_,gptq.py \
-  graph_in_sequence.py hqq.py rtn.py) tests/saving/test_format.py tests/saving/test_round_trip.py
+ON_TORCH_2_8 = $(addprefix tests/test_,capture.py api.py api_results.py gradients_end.py) \
+  $(addprefix tests/passes/test_,annotate.py annotate_rules.py canonicalize.py convert_qdq.py dynamic.py \
+  fold_conv_bn.py insert_observers.py) \
+  $(addprefix tests/backends/test_,dynamic_joined.py dynamic_linear.py kernels_run.py onednn_layers.py \
+  weight_only_kernels.py) $(addprefix tests/weight_only/test_,gptq.py graph_in_sequence.py \
+  graph_in_sequence_beside.py hqq.py rtn.py) $(addprefix tests/saving/test_,format.py round_trip.py folders.py)
 
 # Tests run in as many processes, whose threads must not spin while they wait; those marked `alone` follow one by one.
 define run_tests
@@ -28,10 +30,10 @@ STAMP := $(VENV)/.installed
 BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-ipex test-all bench lint format docs pages clean
+.PHONY: help venv demo test test-slow test-ipex test-all bench bench-more bench-ipex lint format docs pages clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## create or update the environment
 
@@ -73,6 +75,21 @@ bench: $(BENCH) ## compare with other quantizers, side by side
 	$(BIN)/python -m benchmarks.weight_only_linear
 	$(BIN)/python -m benchmarks.weight_only --peers
 	$(BIN)/python -m benchmarks.memory
+
+bench-more: $(BENCH) ## the other methods: SmoothQuant, dynamic INT8, LSTM and GRU, bfloat16, training, saving
+	$(BIN)/python -m benchmarks.smooth_quant
+	$(BIN)/python -m benchmarks.dynamic_int8
+	$(BIN)/python -m benchmarks.recurrent_int8
+	$(BIN)/python -m benchmarks.activation_products
+	$(BIN)/python -m benchmarks.mixed_precision --int8
+	$(BIN)/python -m benchmarks.qat
+	$(BIN)/python -m benchmarks.sensitivity
+	$(BIN)/python -m benchmarks.saving
+
+bench-ipex: ## the same on torch 2.8: kernels of IPEX beside ours
+	$(MAKE) venv $(TORCH_2_8)
+	$(IPEX_VENV)/bin/python -m benchmarks.ipex
+	$(IPEX_VENV)/bin/python -m benchmarks.weight_only_linear --ipex
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

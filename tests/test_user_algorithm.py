@@ -17,99 +17,20 @@ from inc_graph.algorithms.entries import OFFERS_LOAD
 from inc_graph.common.base_config import BaseConfig, ComposableConfig, register_config
 from inc_graph.common.base_tuning import TuningConfig
 from inc_graph.common.utils import Mode
-from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning, UnknownNameError, UnusedRuleWarning
-from inc_graph.export import export
+from inc_graph.errors import ConfigError, IncWarning, UnusedRuleWarning
 from inc_graph.quantization import (
     AWQConfig,
     RTNConfig,
     StaticQuantConfig,
     autotune,
     convert,
-    finalize_calibration,
     prepare,
     quantize,
 )
-from inc_graph.quantization.fields import Field, an_int
 from inc_graph.quantization.user_algorithms import algorithms_of, rebuild
 from inc_graph.registry import CONFIGS
 from tests.model_state import same, snapshot
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc10, self.norm, self.fc2 = (
-            nn.Linear(8, 16),
-            nn.Linear(16, 16),
-            nn.LayerNorm(16),
-            nn.Linear(16, 4),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.norm(torch.relu(self.fc10(torch.relu(self.fc1(x))))))
-
-
-class Codes(nn.Module):
-    """A linear layer whose weight is codes and a scale; it also clips its input to what was seen."""
-
-    def __init__(self, linear: nn.Linear, bits: int, seen: float) -> None:
-        super().__init__()
-        high = 2 ** (bits - 1) - 1
-        scale = linear.weight.detach().abs().amax().clamp(min=1e-6) / high
-        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.register_buffer("limit", torch.tensor(float(seen)))
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.clamp(-self.limit, self.limit), self.codes * self.scale, self.bias)
-
-
-class RoundQuantizer(Quantizer):
-    """`quant_config`: path -> bits."""
-
-    def prepare(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        self.seen = dict.fromkeys(self.quant_config, 0.0)
-        self.hooks = [
-            model.get_submodule(p).register_forward_pre_hook(self._watch(p)) for p in self.quant_config
-        ]  # fmt: skip
-        return model
-
-    def _watch(self, path: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.seen[path] = max(self.seen[path], float(inputs[0].abs().max()))
-
-        return hook
-
-    def convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        for hook in self.hooks:
-            hook.remove()
-        for path, bits in self.quant_config.items():
-            model.set_submodule(path, Codes(model.get_submodule(path), bits, self.seen[path] or float("inf")))
-        return model
-
-
-class RoundConfig(BaseConfig):
-    fields: ClassVar[dict[str, Field]] = {"bits": Field(8, an_int(2, 8)), "dtype": Field("int")}
-    operators: ClassVar[tuple[Any, ...]] = (nn.Linear,)
-    tuning: ClassVar[dict[str, list[Any]]] = {"bits": [2, 8]}
-
-    def leaves_float(self) -> bool:
-        return self.dtype == "fp32"
-
-
-CALLS: list[tuple[Mode, dict[Any, Any], dict[str, Any]]] = []
-
-
-def entry(model: nn.Module, configs_mapping: Any, mode: Mode = Mode.QUANTIZE, *args: Any, **kwargs: Any) -> nn.Module:
-    CALLS.append((mode, configs_mapping, kwargs))
-    bits = {
-        path: c.bits for (path, _), c in configs_mapping.items() if c.name == "round_own" and not c.leaves_float()
-    }  # fmt: skip
-    quantizer = get_quantizer(model, RoundQuantizer, bits)
-    model = quantizer.execute(model, mode, *args, **kwargs)
-    postprocess_model(model, mode, quantizer)
-    return model
+from tests.user_algorithm_models import CALLS, Codes, Net, RoundConfig, RoundQuantizer, bits_of, entry
 
 
 @pytest.fixture(autouse=True)
@@ -138,12 +59,6 @@ def model() -> Net:
 def x() -> Tensor:
     torch.manual_seed(1)
     return torch.randn(32, 8)
-
-
-def bits_of(model: nn.Module) -> dict[str, int]:
-    """Path -> bits of the layers that the method has replaced."""
-    widths = {n: int(m.codes.abs().max()) for n, m in model.named_modules() if isinstance(m, Codes)}
-    return {n: int(v).bit_length() + 1 for n, v in widths.items()}
 
 
 def close(a: Tensor, b: Tensor, db: float = 25) -> bool:
@@ -350,141 +265,6 @@ def test_a_layer_with_two_names_is_replaced_at_both(x: Tensor, key: str | None) 
     back = rebuild(Twice(), reread(algorithms_of(q)))
     back.load_state_dict(q.state_dict())
     assert back.b is back.a and torch.equal(back(x), q(x))
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-def refused(model: nn.Module, error: type[Exception], match: str, call: Any) -> None:
-    before = snapshot(model)
-    with pytest.raises(error, match=match):
-        call(model)
-    assert same(before, snapshot(model))
-
-
-def test_what_cannot_be_is_refused_and_changes_nothing(model: Net, x: Tensor) -> None:
-    own = RoundConfig()
-    refused(model, ConfigError, "round_own works on modules, and this is a graph", lambda m: prepare(export(m, x), own))
-    program = torch.export.export(model, (x,))
-    refused(model, CaptureError, "round_own works on a torch.nn.Module, not on ExportedProgram",
-            lambda m: quantize(program, own))  # fmt: skip
-    refused(model, CaptureError, "not on str", lambda m: prepare("model", own))
-    refused(model, ConfigError, "dynamic_shapes cannot be used", lambda m: prepare(m, own, dynamic_shapes={}))
-    refused(model.norm, ConfigError, "no module that is for round_own", lambda m: prepare(m, own))
-    refused(model, ConfigError, "lists of candidates", lambda m: prepare(m, RoundConfig([2, 8])))
-    refused(model, ConfigError, "run_fn must be a function", lambda m: quantize(m, own, 3))
-    mixed = RoundConfig(white_list=["fc2"]) + StaticQuantConfig()
-    refused(model, ConfigError, "needs calibration data", lambda m: quantize(m, mixed))
-    refused(model, ConfigError, "needs calibration data", lambda m: convert(m, mixed))
-
-    class Missing(BaseConfig):
-        name: ClassVar[str] = "nowhere"
-        operators: ClassVar[tuple[Any, ...]] = (nn.Linear,)
-
-    refused(model, NotImplementedError, r"Missing: .*enter yours with register_algo\('nowhere'\)",
-            lambda m: prepare(m, RoundConfig(white_list=["fc2"]) + Missing()))  # fmt: skip
-    refused(model, UnknownNameError, "round_owm.*did you mean 'round_own'", lambda m: prepare(m, {"round_owm": {}}))
-
-    def bad(operator: Any) -> bool:
-        return operator.weight_shape[1] > 8 and operator.nothing
-
-    refused(model, ConfigError, "predicate bad fails for OperatorInfo", lambda m: prepare(m, own.set_local(bad, own)))
-    assert not CALLS  # nothing of this got as far as the entry
-
-
-def test_each_phase_once(model: Net, x: Tensor) -> None:
-    prepared = prepare(model, RoundConfig())
-    with pytest.raises(ConfigError, match="prepared already"):
-        prepare(prepared, RoundConfig())
-    with pytest.raises(ConfigError, match="keep their own statistics"):
-        finalize_calibration(prepared)
-    with pytest.warns(IncWarning, match="quant_config is not used"):
-        q = convert(prepared, RoundConfig(2))
-    assert bits_of(q)["fc1"] == 8
-    for call in (lambda: prepare(q, RoundConfig()), lambda: quantize(nn.Sequential(q), RoundConfig())):
-        with pytest.raises(ConfigError, match="converted already"):
-            call()
-    with pytest.raises(ConfigError, match="converted already"):
-        convert(q)
-
-
-def test_an_entry_that_returns_nothing(model: Net) -> None:
-    @register_algo("round_own")
-    def forgets(model: nn.Module, configs_mapping: Any, mode: Mode, **kwargs: Any) -> Any:
-        return None if mode is Mode.CONVERT else model
-
-    prepared = prepare(model, RoundConfig())
-    with pytest.raises(IncError, match=r"the entry of 'round_own' gave NoneType for Mode.CONVERT, not a model"):
-        convert(prepared)
-
-
-def test_a_config_class_may_demand_data(model: Net, x: Tensor) -> None:
-    class Demanding(RoundConfig):
-        needs_calibration = True
-
-    for call in (quantize, convert):
-        with pytest.raises(ConfigError, match="calibration data"):
-            call(model, Demanding())
-    assert bits_of(quantize(model, Demanding(), lambda m: m(x)))
-
-
-def test_registering(model: Net) -> None:
-    for bad in ("", None, 3):
-        with pytest.raises(ConfigError, match="needs a name"):
-            register_algo(bad)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="must be a function"):
-        register_algo("thing")(3)  # type: ignore[type-var]
-    first, second = (type("Again", (BaseConfig,), {"__module__": "notebook"}) for _ in range(2))
-    register_config(algo_name="again")(first)
-    register_config(algo_name="again")(second)  # the cell was run twice
-    assert CONFIGS.get("again") is second is not first
-    with pytest.raises(IncError, match="registered twice"):
-        register_config(algo_name="again")(type("Other", (BaseConfig,), {"__module__": "notebook"}))
-
-
-# --------------------------------------------------------------------------- a config class as neural_compressor has it
-def test_a_class_with_init_in_the_place_of_fields(model: Net) -> None:
-    class TheirsConfig(BaseConfig):
-        supported_configs: ClassVar[list[Any]] = []
-        params_list: ClassVar[list[str]] = ["bits", "group_size"]
-
-        def __init__(self, bits: int = 4, group_size: int = 32, names: list[str] = [], white_list: Any = "*"):  # noqa: B006
-            super().__init__(white_list=white_list)
-            self.bits = bits
-            self.group_size = group_size
-            self.names = names
-            self._post_init()
-
-        @staticmethod
-        def get_model_info(model: nn.Module) -> list[tuple[str, str]]:
-            return [(n, type(m).__name__) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-
-        @classmethod
-        def get_config_set_for_tuning(cls) -> Any:
-            return cls(bits=[2, 8])
-
-    register_config(framework_name="torch", algo_name="theirs", priority=20)(TheirsConfig)
-
-    @register_algo(name="theirs")
-    def theirs_entry(
-        model: nn.Module, configs_mapping: Any, mode: Mode = Mode.QUANTIZE, *args: Any, **kwargs: Any
-    ) -> Any:
-        model.got = {path: (c.bits, c.group_size) for (path, _), c in configs_mapping.items() if c.name == "theirs"}
-        return model
-
-    config = TheirsConfig(8, names=["a"]).set_local("fc2", TheirsConfig(bits=2))
-    assert TheirsConfig.name == "theirs" and TheirsConfig.priority == 20
-    assert TheirsConfig.from_dict(json.loads(config.to_json_string())) == config == copy.deepcopy(config)
-    assert repr(TheirsConfig(8)) == "TheirsConfig(bits=8)" and config.names == ["a"] and not config.is_set()
-    assert [c.bits for c in TheirsConfig.get_config_set_for_tuning().expand()] == [2, 8]
-    with pytest.raises(TypeError):
-        TheirsConfig(bitz=3)  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match="has no field 'bitz'"):
-        config.bitz = 3
-    q = quantize(model, config + RoundConfig(white_list=["fc10"]))
-    assert q.got == {"fc1": (8, 32), "fc2": (2, 32)} and bits_of(q) == {"fc10": 8}  # its priority is higher
-    with pytest.raises(ConfigError, match="the argument 'bits' needs a default"):
-
-        class NoDefault(BaseConfig):
-            def __init__(self, bits: int) -> None: ...
 
 
 # ------------------------------------------------------------------------------------------------------------- autotune
