@@ -28,7 +28,7 @@ import torch
 
 from inc_graph.errors import IncWarning
 
-__all__ = ["Unavailable", "load", "parallel_region", "runner"]
+__all__ = ["Unavailable", "load", "memory", "parallel_region", "runner"]
 
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 _CPU = ("-march=native", "-mcpu=native", "")  # the first that the compiler takes
@@ -39,6 +39,11 @@ _loaded: dict[str, ctypes.CDLL | None] = {}
 
 class Unavailable(Exception):
     """Why there is no compiled code here."""
+
+
+def memory(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor for compiled code to write to: of this dtype and on the CPU, whatever the defaults of the program."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def load(source: Path) -> ctypes.CDLL | None:

@@ -24,6 +24,7 @@ from torch import fx
 
 from inc_graph.errors import CalibrationError, ConfigError, IncError, PassError, TrainingError
 from inc_graph.graph import Fuel, code_later, current_fuel, editing, get_level
+from inc_graph.plain import plain
 from inc_graph.registry import PASSES
 from inc_graph.text import diff, to_text
 from inc_graph.verify import verify
@@ -153,7 +154,7 @@ class Pipeline:
             start = time.perf_counter()
             try:
                 _check_requires(p, gm)
-                with editing(p.name, fuel), code_later():
+                with plain(), editing(p.name, fuel), code_later():
                     result = p.run(gm)
                 seconds = time.perf_counter() - start
                 _check_result(p, gm, result)

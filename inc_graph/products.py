@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inc_graph.native import load, runner
+from inc_graph.native import load, memory, runner
 
 __all__ = ["add_products", "fast_products"]
 
@@ -72,7 +72,7 @@ class Products:
         if not n or not cols:
             return
         panels = -(-cols // self._width)
-        pairs = torch.empty(panels * -(-n // 2) * self._width, dtype=torch.int32)
+        pairs = memory(panels * -(-n // 2) * self._width, dtype=torch.int32)
         job = _Job(rows.data_ptr(), pairs.data_ptr(), total.data_ptr(), n, cols, rows.stride(0))
         self._run(job)
 

@@ -37,6 +37,7 @@ from inc_graph.graph import (
 )
 from inc_graph.oppattern import argument
 from inc_graph.ops import is_choose_qparams, is_dequantize, is_fake_quantize, is_inc, is_quantize, is_unpack
+from inc_graph.plain import plain
 from inc_graph.qtypes import get_qtype
 from inc_graph.spec import QSpec, scale_shape
 
@@ -91,7 +92,8 @@ def verify(gm: fx.GraphModule, level: str | None = None) -> None:
         gm.graph.lint()
     except Exception as e:
         raise VerifyError(f"not a well-formed graph: {e}") from e
-    found = list(violations(gm, level))
+    with plain():
+        found = list(violations(gm, level))
     if found:
         first, more = found[0], len(found) - 1
         rest = f" (and {more} more)" if more else ""

@@ -24,7 +24,7 @@ from inc_graph.lowering._context import OneDnnContext
 from inc_graph.lowering._direct import is_transformed, is_watched
 from inc_graph.lowering._onednn import define
 from inc_graph.lowering.base import Claim
-from inc_graph.native import load, runner
+from inc_graph.native import load, memory, runner
 from inc_graph.oppattern import argument
 from inc_graph.pattern import Match, P
 
@@ -63,7 +63,7 @@ class _Kernel:
         """See `_takes`; nothing is checked."""
         batch, heads, queries, size = q.shape
         keys, threads = k.shape[2], torch.get_num_threads()
-        out = torch.empty(batch, queries, heads, size)
+        out = memory(batch, queries, heads, size)
         pieces = -(-_PIECES * threads // (batch * heads))  # of a head
         each = max(48, -(-queries // pieces))
         job = _Job(

@@ -36,7 +36,7 @@ def quantize_codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype)
     qdtype = torch.quint8 if dtype == torch.uint8 else torch.qint8
     if torch.ops.aten.is_non_overlapping_and_dense.default(x):  # any layout without holes: the memory as one row
         q = torch.quantize_per_tensor(x.as_strided((x.numel(),), (1,)), scale, zero_point, qdtype)
-        return torch.empty(0, dtype=dtype).set_(q.untyped_storage(), 0, x.shape, x.stride())
+        return torch.empty(0, dtype=dtype, device=x.device).set_(q.untyped_storage(), 0, x.shape, x.stride())
     q = torch.quantize_per_tensor(x, scale, zero_point, qdtype).int_repr()
     return torch.empty_like(x, dtype=dtype).copy_(q)  # the layout that shape propagation has promised
 
@@ -46,7 +46,9 @@ def _wraps() -> bool:
     """Before torch 2.9 the kernel adds the zero point in int32, which the code of a huge value overflows."""
     with warnings.catch_warnings():  # torch warns, once, of a later release than the range this package supports
         warnings.simplefilter("ignore")
-        codes = torch.quantize_per_tensor(torch.full((64,), 1e30), 0.02, 255, torch.quint8).int_repr()
+        codes = torch.quantize_per_tensor(
+            torch.full((64,), 1e30, dtype=torch.float32, device="cpu"), 0.02, 255, torch.quint8
+        ).int_repr()
     return not bool((codes == 255).all())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inc_graph.native import load, runner
+from inc_graph.native import load, memory, runner
 from inc_graph.qtypes import get_qtype
 
 __all__ = ["TYPES", "Passes", "passes"]
@@ -53,7 +53,7 @@ class Passes:
     def quantize(self, x: Tensor, qtype: str, symmetric: bool, per_row: bool) -> tuple[Tensor, Tensor]:
         """x [rows, cols] with dense rows -> (codes uint8 [rows, cols], scale and zero point float32 [2, rows or 1])."""
         rows, cols = x.shape
-        codes, params = torch.empty(rows, cols, dtype=torch.uint8), torch.empty(2, rows)
+        codes, params = memory(rows, cols, dtype=torch.uint8), memory(2, rows)
         job = self._codes(codes, params, x.dtype, qtype, symmetric)
         job.x, job.type, job.stride = x.data_ptr(), TYPES[x.dtype], x.stride(0)
         if per_row:
@@ -89,10 +89,10 @@ class Passes:
         rows, cols = sums.shape
         result: Any = None
         if codes is not None:
-            result = torch.empty(rows, cols, dtype=torch.uint8), torch.empty(2, rows)
+            result = memory(rows, cols, dtype=torch.uint8), memory(2, rows)
             job = self._codes(*result, dtype, *codes)
         else:
-            result = sums if dtype == torch.float32 else torch.empty(rows, cols, dtype=dtype)
+            result = sums if dtype == torch.float32 else memory(rows, cols, dtype=dtype)
             job = _Job(rows=rows, cols=cols, out=result.data_ptr())
         job.x, job.type, job.stride, job.out_type = sums.data_ptr(), 1, cols, TYPES[dtype]
         job.x_scale, job.x_step = params.data_ptr(), int(params.shape[1] > 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inc_graph.native import load, runner
+from inc_graph.native import load, memory, runner
 
 __all__ = ["Steps", "steps"]
 
@@ -60,15 +60,15 @@ class Steps:
         n, units = h.shape
         width = -(-units // _PAD) * _PAD
         if batch_sizes is None:
-            batch_sizes = torch.full((gates.shape[0],), n, dtype=torch.int64)
+            batch_sizes = torch.full((gates.shape[0],), n, dtype=torch.int64, device="cpu")
         sizes = batch_sizes.contiguous()
         offsets = sizes.cumsum(0) - sizes
         x, first = gates.float().contiguous(), h.float().contiguous()
-        now = torch.empty(0) if c is None else c.to(torch.float32, copy=True).contiguous()
+        now = memory(0) if c is None else c.to(torch.float32, copy=True).contiguous()
         before = first.clone() if c is None else now
-        out = torch.empty(*gates.shape[:-1], units * (1 if c is None else 2))
-        state, scales = torch.empty(2, n, width, dtype=torch.int16), torch.empty(2, n)
-        bad = torch.empty(n, dtype=torch.int64)
+        out = memory(*gates.shape[:-1], units * (1 if c is None else 2))
+        state, scales = memory(2, n, width, dtype=torch.int16), memory(2, n)
+        bad = memory(n, dtype=torch.int64)
         codes, scale = codes.contiguous(), scale.float().reshape(-1).contiguous()
         bias = None if bias is None else bias.float().contiguous()
         self._run(_Job(

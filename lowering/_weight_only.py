@@ -28,6 +28,7 @@ from inc_graph.errors import SpecError
 from inc_graph.fast import fast_dtype
 from inc_graph.lowering._direct import is_direct, is_transformed
 from inc_graph.lowering._weight_only_native import Kernels, kernels
+from inc_graph.native import memory
 from inc_graph.packing import check_packed, unpack
 from inc_graph.qtypes import QType, get_qtype
 
@@ -100,7 +101,7 @@ def _linear(
         taken["few rows" if flat.shape[0] <= FEW else "some rows"] += 1
         kind = torch.bfloat16 if narrow else torch.float32
         wanted = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
-        y = torch.empty(*x.shape[:-1], rows, dtype=wanted)
+        y = memory(*x.shape[:-1], rows, dtype=wanted)
         native.multiply(y.view(-1, rows), flat.to(kind).contiguous(), codes, scale, zero_point, bias, block, qt)
     else:
         taken["many rows" if native is not None else "torch"] += 1
@@ -145,9 +146,9 @@ def _buffer(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """Memory for some rows of a weight, the same at each call of a thread: fresh pages take time."""
     size = rows * cols * dtype.itemsize
     if size > _BUFFER:  # one row of blocks is larger
-        return torch.empty(rows, cols, dtype=dtype)
+        return memory(rows, cols, dtype=dtype)
     if not hasattr(_spare, "bytes"):
-        _spare.bytes = torch.empty(_BUFFER, dtype=torch.uint8)
+        _spare.bytes = memory(_BUFFER, dtype=torch.uint8)
     return _spare.bytes[:size].view(dtype).view(rows, cols)
 
 
@@ -186,7 +187,7 @@ def _dequantize(
         return _values(codes, scale, zero_point, block, qt, shape, dtype)
     taken["values"] += 1
     (rows, cols), pair = flat
-    out = torch.empty(rows, cols, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    out = memory(rows, cols, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
     across = -(-cols // (cols if pair[1] < 0 else pair[1]))
     scale, zero_point = scale.reshape(-1, across), None if zero_point is None else zero_point.reshape(-1, across)
     native.unpack(out, codes.reshape(rows, -1), scale, zero_point, pair, qt)

@@ -39,12 +39,12 @@ def _format(qtype: QType) -> tuple[Tensor, int, int]:
     """(value of each code, repeated to fill 64 entries; bits; kind) of a format."""
     bits = qtype.storage_bits
     if qtype.codebook is not None:
-        values = torch.tensor(qtype.codebook, dtype=torch.float32)
+        values = torch.tensor(qtype.codebook, dtype=torch.float32, device="cpu")
         values = torch.nn.functional.pad(values, (0, 2**bits - len(values)))
     elif qtype.element_dtype is not None:
-        values = torch.arange(256, dtype=torch.uint8).view(qtype.element_dtype).float()
+        values = torch.arange(256, dtype=torch.uint8, device="cpu").view(qtype.element_dtype).float()
     else:
-        values = torch.arange(2**bits, dtype=torch.float32)
+        values = torch.arange(2**bits, dtype=torch.float32, device="cpu")
         if qtype.signed:
             values[2 ** (bits - 1) :] -= 2**bits
     return values.repeat(max(1, 64 // len(values))), bits, 0 if not qtype.is_int else 2 if qtype.signed else 1

@@ -403,7 +403,11 @@ def test_without_the_package_tensorboard_a_warning_says_so_once(
     with pytest.warns(IncWarning) as seen:
         q = tune(model, [1.0, 0.25, 1.0])
     assert len(seen) == 1 and "package 'tensorboard' cannot be imported" in str(seen[0].message)
-    assert seen[0].filename == tune.__code__.co_filename and len(q.tuning.trials) == 2 and not (tmp_path / "tensorboard").exists()
+    assert (
+        seen[0].filename == tune.__code__.co_filename
+        and len(q.tuning.trials) == 2
+        and not (tmp_path / "tensorboard").exists()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- live, tables

@@ -17,6 +17,7 @@ from inc_graph.gram import GramObserver
 from inc_graph.graph import clone, get_tensor, mutated_attrs, peek_meta
 from inc_graph.in_sequence import InSequence
 from inc_graph.passmanager import Pipeline
+from inc_graph.plain import plain
 from inc_graph.quantization.graph_in_sequence import IN_FLOAT, begin, layers_in
 from inc_graph.quantization.kept_calls import forget_calls, kept_calls
 from inc_graph.quantization.model import QuantizedModel
@@ -118,7 +119,8 @@ def assemble(
     """
     start = time.perf_counter()
     target = BACKENDS.get(backend)
-    lowered = target.lower(qdq)
+    with plain():
+        lowered = target.lower(qdq)
     report = Report(method, backend, bytes_before=bytes_before)
     report.timings = [*timings, ("lower", time.perf_counter() - start)]
     quantized, report.floats = read_graph(qdq)
@@ -154,4 +156,5 @@ def lower(gm: fx.GraphModule, backend: str = "auto") -> fx.GraphModule:
         LoweringError: if the graph is not at level "qdq", or an explicit backend cannot run here.
         UnknownNameError: if there is no such backend.
     """
-    return BACKENDS.get(choose_backend(backend)[0]).lower(gm).graph
+    with plain():
+        return BACKENDS.get(choose_backend(backend)[0]).lower(gm).graph

@@ -114,7 +114,7 @@ def compensate(w: Tensor, r: Tensor, columns: Columns, block: int, find: Find | 
     """
     starts = {} if find is None else {part.start: part.stop for part in columns.groups()}
     fast = None if find is not None and find.window is not None else columns.kernels()
-    r, ends = r.contiguous(), torch.zeros(len(w), dtype=torch.int32)
+    r, ends = r.contiguous(), torch.zeros(len(w), dtype=torch.int32, device=w.device)
     for start, stop in starts.items():
         ends[start] = stop
     for a, b in _blocks(len(w), block if fast is None else min(block, BLOCK), starts):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inc_graph.native import load, runner
+from inc_graph.native import load, memory, runner
 from inc_graph.numerics import MAX_BOUND, MIN_SCALE
 from inc_graph.passes.qparams._levels import Levels
 
@@ -48,7 +48,7 @@ class ColumnKernels:
         self, run: Run, levels: Levels, k: Tensor, scale: Tensor, zero: Tensor | None, group: list[int]
     ) -> None:
         self._run = run
-        self._group = torch.tensor(group, dtype=torch.int32)
+        self._group = torch.tensor(group, dtype=torch.int32, device="cpu")
         self._kept = k, scale, zero
         low, high = (0.0, 0.0) if levels.asymmetric else (levels.low, levels.high)
         self._job = _Job(
@@ -93,7 +93,7 @@ class ColumnKernels:
         return self._go(gradient, h, a, b)
 
     def _go(self, w: Tensor, m: Tensor, a: int, b: int) -> Tensor:
-        result = torch.empty(b - a, w.shape[1])
+        result = memory(b - a, w.shape[1])
         job = self._job
         job.w, job.m, job.result, job.a, job.b = w.data_ptr(), m.data_ptr(), result.data_ptr(), a, b
         if self._run(job):

@@ -25,7 +25,9 @@ def rank_of(gram: Gram) -> int:
     alive = torch.nonzero(diagonal > 0).flatten()
     found = min(len(alive), gram.count)
     if found:
-        some = alive[torch.linspace(0, len(alive) - 1, min(_SOME, len(alive)), device=alive.device).long()]
+        some = alive[
+            torch.linspace(0, len(alive) - 1, min(_SOME, len(alive)), dtype=torch.float32, device=alive.device).long()
+        ]
         size = diagonal[some].double().rsqrt()
         part = gram.matrix[some][:, some].double() * size[:, None] * size
         seen = int((torch.linalg.eigvalsh(part) > _LEAST).sum())

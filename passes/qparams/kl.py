@@ -65,7 +65,9 @@ def _threshold(bins: Bins, row: int, qspec: QSpec) -> Tensor:
         first = max(first, levels - min(extent))
     if first >= last:  # with fewer bins than levels there is no coarseness to see
         return absmax
-    kept = torch.linspace(first, last, min(_THRESHOLDS, last - first + 1), device=low.device).long()  # bins per side
+    kept = torch.linspace(
+        first, last, min(_THRESHOLDS, last - first + 1), dtype=torch.float32, device=low.device
+    ).long()  # bins per side
     top = torch.minimum(kept * bins.width, absmax)
 
     counts, values = (  # [2, last], from zero outwards
