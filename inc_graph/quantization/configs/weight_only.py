@@ -129,6 +129,18 @@ def scale_options(config: Any) -> dict[str, Any]:
     return {"scale_type": qtype, "scale_scheme": scheme, "scale_group": config.double_quant_group_size}
 
 
+def scales_without_effect(config: Any) -> list[str]:
+    """Fields of quantized scales that were set and change nothing, as `without_effect` gives them."""
+    fields = config.fields
+    set_ = [n for n in fields if n.startswith("double_quant_") and getattr(config, n) != fields[n].default]
+    if not getattr(config, "use_double_quant", True):
+        return [f"{n}={getattr(config, n)!r}: use_double_quant=False" for n in set_]
+    if "double_quant_bits" in set_ and (own := str(config.double_quant_dtype).removeprefix("int")).isdigit():
+        if isinstance(config.double_quant_bits, int) and config.double_quant_bits != int(own):
+            return [f"double_quant_bits={config.double_quant_bits}: double_quant_dtype 'int{own}' has {own}"]
+    return []
+
+
 def written(name: str, **options: Any) -> str:
     """An algorithm as text, with the options that are not False."""
     said = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items() if v is not False)
@@ -157,7 +169,7 @@ class WeightOnlyConfig(BaseConfig):
         if getattr(self, "use_full_range", False) and (named or not self.use_sym):
             of = f"dtype {self.dtype!r}" if named else "use_sym=False"
             found.append(f"use_full_range=True: with {of} all codes are in use")
-        return found
+        return found + scales_without_effect(self)
 
     def algorithm(self) -> str | None:
         """The weight algorithm with its options, as recipes name it; None if this version does not have it."""
@@ -230,6 +242,15 @@ class GPTQConfig(WeightOnlyConfig):
     tuning: ClassVar[dict[str, list[Any]]] = {"use_sym": [False, True], "act_order": [True, False]}
 
     def algorithm(self) -> str:
+        owner = type(self).__name__
+        if self.act_order and self.hybrid_order:
+            raise ConfigError(
+                f"{owner}: act_order and hybrid_order exclude each other", hint="set one of them to False"
+            )
+        qtype = get_qtype(weight_format(self).qtype)
+        if self.fp8_aware and not (qtype.is_int and qtype.bits <= 4):
+            text = f"{owner}.fp8_aware needs integers of at most 4 bits, not {qtype.name}"
+            raise ConfigError(text, hint="bits=4, or fp8_aware=False")
         names = ("act_order", "hybrid_order", "static_groups", "true_sequential", "fp8_aware", "percdamp", "block_size")
         options = {name: getattr(self, name) for name in names}
         return written("gptq", search=self.use_mse_search, **options, **scale_options(self))
@@ -286,7 +307,17 @@ class HQQConfig(WeightOnlyConfig):
     needs_calibration = False
     tuning: ClassVar[dict[str, list[Any]]] = {"bits": [4, 8]}
 
+    def without_effect(self) -> list[str]:
+        found = super().without_effect()
+        size = self.scale_quant_group_size
+        if not (self.quant_zero or self.quant_scale) and size != self.fields["scale_quant_group_size"].default:
+            found.append(f"scale_quant_group_size={size}: neither quant_zero nor quant_scale")
+        return found
+
     def algorithm(self) -> str:
+        if self.dtype in _FORMATS:
+            text = f"{type(self).__name__}.dtype {self.dtype!r} has no zero points, which HQQ searches"
+            raise ConfigError(text, hint="dtype='int' with bits, or RTNConfig for this format")
         if self.quant_zero or self.quant_scale:
             check_scale_group(type(self).__name__, "scale_quant_group_size", self.scale_quant_group_size)
         options = {"quant_zero": str(self.quant_zero).lower(), "quant_scale": self.quant_scale}
