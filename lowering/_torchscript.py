@@ -136,6 +136,8 @@ def constant(c: OneDnnContext, node: fx.Node, written: Collection[str] = ()) -> 
     held = all(n is None or n.op == "get_attr" for n in (codes, scale, zero))
     whole = held and all(n is None or val(n).device.type == "cpu" for n in (codes, scale, zero))
     whole = whole and (zero is None or not val(zero).is_floating_point())
+    # Of a product with a zero point for each output IPEX reads one for all, and gives wrong numbers.
+    whole = whole and (zero is None or val(zero).numel() == 1)
     return whole and qtype in CODES and _axis(node) is not None and argument(node, 5) == torch.float32
 
 

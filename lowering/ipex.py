@@ -5,6 +5,7 @@
     dequantize(x) , dequantize(y) -> matmul [-> ...] [-> quantize]            the same
     choose_qparams(x) -> quantize -> dequantize , dequantize(w) -> linear     dynamic layers as on `inductor`
     x (float) , dequantize(w) -> linear                                       weight-only layers as on `inductor`
+    lstm_steps, gru_steps with dequantize(w)                                  as on `inductor`
     dequantize(table) -> embedding                                            looks up codes
 
 IPEX fuses when it compiles the function, by rules of its own. So the function is run when it is made, and what stands
@@ -30,6 +31,7 @@ from inc_graph.lowering._context import OneDnnContext
 from inc_graph.lowering._dynamic_claims import DYNAMIC_LINEAR
 from inc_graph.lowering._dynamic_joined import join_layers
 from inc_graph.lowering._ipex import Scripted, example, import_ipex, run_scripted, why_not
+from inc_graph.lowering._recurrent import GRU, LSTM, PROJECT
 from inc_graph.lowering._regions import NotTraced
 from inc_graph.lowering._segments import borders, parts, replace_part
 from inc_graph.lowering._torchscript import constant, scriptable, write
@@ -73,7 +75,9 @@ class Ipex(X86Backend):
     """int8 groups of Intel Extension for PyTorch on x86 CPUs; weight-only layers are those of `inductor`."""
 
     name = "ipex"
-    capabilities: ClassVar = capabilities(tuple(f"conv{d}d" for d in (1, 2, 3)), ("matmul",))
+    capabilities: ClassVar = capabilities(
+        tuple(f"conv{d}d" for d in (1, 2, 3)), ("matmul",), weight_only=("lstm_steps", "gru_steps", "projection")
+    )
 
     def lacks(self) -> str | None:
         return why_not()
@@ -85,7 +89,7 @@ class Ipex(X86Backend):
     def claims(self) -> tuple[Claim, ...]:
         values = Claim(WEIGHT_VALUES.name, WEIGHT_VALUES.pattern, WEIGHT_VALUES.rewrite, _check_values, kernel=False)
         pad = Claim("uneven padding", P(CONV), rewrite_pad, check_pad, kernel=False)
-        return DYNAMIC_LINEAR, WEIGHT_ONLY, LOOKUP, values, pad
+        return DYNAMIC_LINEAR, WEIGHT_ONLY, PROJECT, LSTM, GRU, LOOKUP, values, pad
 
     def finish(self, context: _Context) -> None:
         join_layers(context)
