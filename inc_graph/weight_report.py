@@ -27,7 +27,7 @@ class WeightLine:
         name: Path of its module, or its name in the graph.
         form: Number format, and the weights that share a scale.
         algorithm: With its options.
-        bytes: Of codes, scales and zero points.
+        bytes: Of codes, scales, zero points, and the order of the inputs if it is another.
         seconds: That the algorithm took.
         rounded: Relative error if each weight were rounded for itself; None if that is what was done, or not measured.
         error: Relative error of what was done: ``|W - W_q| / |W|``, or of the outputs where the algorithm knows inputs.

@@ -56,6 +56,7 @@ class OneDnnContext(Context):
     numbers: dict[fx.Node, QParams | None] = field(default_factory=dict)
     promised: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # layer call -> value it took the place of
     weights: dict[Any, PackedWeight] = field(default_factory=dict)  # packed by now: what tells them apart -> weight
+    counted: set[Any] = field(default_factory=set)  # those of them that a layer counts the bytes of
     dynamic: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # quantize -> lowered codes, params
     sources: dict[str, str] = field(default_factory=dict)  # attribute of a dynamic layer -> that of its weight
     offset: dict[fx.Node, bool] = field(default_factory=dict)  # codes -> what `asymmetric` found before any was lowered

@@ -201,7 +201,8 @@ def _weight(state: _State, layer: fx.Node) -> None:
         state.grams.rounded(layer.name, codes)
     set_arguments(layer, {pattern.weight: values})
     if codes.notes:
-        annotation["notes"] = {**codes.notes, "bytes": _nbytes(state.gm, values)}
+        order = 0 if codes.order is None else codes.order.nbytes
+        annotation["notes"] = {**codes.notes, "bytes": _nbytes(state.gm, values) + order}
     if codes.order is not None:
         order = state.make.read(f"{read.target.replace('.', '_')}_order", codes.order)
         source: Any = layer.args[0]

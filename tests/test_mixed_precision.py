@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from inc_graph.errors import ConfigError, IncError, IncWarning, PrecisionWarning
+from inc_graph.export import export
 from inc_graph.graph import peek_meta, val
 from inc_graph.lowering import _half
 from inc_graph.quantization import (
@@ -482,3 +483,17 @@ def test_a_model_that_stayed_float32_is_saved_layer_by_layer(dtype: str, tmp_pat
         save(net(), tmp_path / "float")
     with pytest.raises(IncError, match="only a converted model can be saved"):
         save(prepare(net(), MixedPrecisionConfig(dtype="fp32")), tmp_path / "prepared")
+
+
+@pytest.mark.skipif(not _half.has_kernels(torch.bfloat16), reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("layer", [nn.Linear(768, 2), nn.Linear(300, 7), nn.Conv2d(256, 256, 3, groups=128)], ids=str)
+def test_a_layout_that_pads_too_much_is_not_used(layer: nn.Module, exported: bool) -> None:
+    x = torch.randn(4, 768 if layer.weight.shape[1] == 768 else 300) if isinstance(layer, nn.Linear) else None
+    x = torch.randn(1, 256, 6, 6) if x is None else x
+    model = nn.Sequential(layer).eval()
+    bytes_before = sum(p.nbytes for p in model.parameters())
+    want = copy.deepcopy(model).bfloat16()(x.bfloat16()).float()
+    q = convert(export(model, (x,)) if exported else model, bf16())
+    assert q.report.bytes_after <= 0.55 * bytes_before
+    torch.testing.assert_close(q(x), want, rtol=2**-7, atol=2**-7)
