@@ -27,14 +27,32 @@ from inc_graph.registry import PATTERNS
 from inc_graph.spec import QSpec
 
 __all__ = [
-    "HALF_DTYPES", "KINDS", "Claim", "OpQuant", "Recipe", "Where", "WhereRule", "claims", "decide", "get_recipe",
-    "in_vain", "names_of_type", "operator_name", "set_recipe", "smoothing_of",
+    "HALF_DTYPES",
+    "KINDS",
+    "ONE_LAYER",
+    "Claim",
+    "OpQuant",
+    "Recipe",
+    "Where",
+    "WhereRule",
+    "claims",
+    "decide",
+    "get_recipe",
+    "in_vain",
+    "names_of_type",
+    "operator_name",
+    "set_recipe",
+    "smoothing_of",
 ]  # fmt: skip
 
 KINDS = ("all", "type", "implied", "predicate", "name")  # from the least to the most specific
 FITS = (*KINDS, "path")  # a name may be the whole path, as it stands
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WHITE_LIST, ENTRY, PRIORITY = "white_list", "white_list entry ", "higher priority"  # origins that mean something
+
+
+ONE_LAYER = "inc_one_layer"
+"""Key of the `meta` of a graph that is one layer of a model: what rules give to the others is not seen there."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from inc_graph.graph import inc_meta, is_float, module_path, peek_meta, set_leve
 from inc_graph.oppattern import OpPattern, named, pattern_of
 from inc_graph.passes._eligible import DATA, PARAMETER, Facts, useless, weight_spec
 from inc_graph.passmanager import Pass, PassReport, PassResult
-from inc_graph.recipe import HALF_DTYPES, OpQuant, Recipe, get_recipe, in_vain
+from inc_graph.recipe import HALF_DTYPES, ONE_LAYER, OpQuant, Recipe, get_recipe, in_vain
 from inc_graph.registry import PASSES, PATTERNS
 from inc_graph.spec import PerTensor, QSpec
 
@@ -48,6 +48,7 @@ class _State:
     ops: dict[fx.Node, tuple[OpPattern, int, OpQuant]] = field(default_factory=dict)
     halves: dict[fx.Node, tuple[OpPattern, int]] = field(default_factory=dict)
     float_: dict[fx.Node, str] = field(default_factory=dict)
+    refused: dict[int, tuple[fx.Node, str]] = field(default_factory=dict)  # rule by name -> whom it cannot quantize
     sums: set[fx.Node] = field(default_factory=set)  # sums and products, and float chains that end in nothing else
 
     def root(self, item: tuple[fx.Node, Key]) -> tuple[fx.Node, Key]:
@@ -80,6 +81,7 @@ class Annotate(Pass):
         for node in gm.graph.nodes:
             if (pattern := pattern_of(node)) is not None and pattern.role == "anchor":
                 _anchor(node, pattern, state)
+        _served(gm, state)
         for node in reversed(gm.graph.nodes):
             _reader(node, state)
             if _leads_to_sums(node, state):
@@ -128,17 +130,34 @@ def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
         or state.facts.bad_inputs(pattern, node, what.activation, _named(index, state))
         or state.facts.bad_weight(pattern, node, what.weight)
     )
-    asked = state.recipe.rules[index].origin.startswith("set_local(") and _named(index, state)
-    if reason and what.activation is None and (asked or "NaN" in reason):
+    if reason and what.activation is None:
         # nobody would look for what is missing: a weight-only method has no neighbours that it could depend on
-        hint = "take it out of set_local, or leave it float with dtype='fp32'"
-        raise ConfigError(
-            f"this operator cannot be quantized: {reason}", node=node, module=module_path(node), hint=hint
-        )
+        asked = state.recipe.rules[index].origin.startswith("set_local(") and _named(index, state)
+        if "NaN" in reason or (asked and state.recipe.rules[index].where.fit(named(node, pattern)) == "path"):
+            raise _refused(node, reason)
+        if asked:
+            state.refused.setdefault(index, (node, reason))
     if reason:
         state.float_[node] = reason
     else:
         state.ops[node] = (pattern, index, what)
+
+
+def _refused(node: fx.Node, reason: str) -> ConfigError:
+    hint = "take it out of set_local, or leave it float with dtype='fp32'"
+    return ConfigError(f"this operator cannot be quantized: {reason}", node=node, module=module_path(node), hint=hint)
+
+
+def _served(gm: fx.GraphModule, state: _State) -> None:
+    """ConfigError for a setting by a part of names that gives nothing at all its format.
+
+    If it serves others (a prefix that an embedding, too, begins with), the report says who stays float. A graph that is
+    one layer of a model does not know: whoever put it there asks.
+    """
+    taken = {index for _, index, _ in state.ops.values()}
+    for index, (node, reason) in state.refused.items():
+        if index not in taken and not gm.meta.get(ONE_LAYER):
+            raise _refused(node, reason)
 
 
 def _reader(node: fx.Node, state: _State) -> None:

@@ -33,9 +33,10 @@ from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.precision import all_float
+from inc_graph.quantization.served import Served
 from inc_graph.quantization.streaming import Source, checkpoint_for, fill_rest, filled, float_layer, held, stream
 from inc_graph.quantization.tied import keep_unpacked, share_codes, tied_layers
-from inc_graph.recipe import Recipe, WhereRule, decide, in_vain, set_recipe
+from inc_graph.recipe import ONE_LAYER, Recipe, WhereRule, decide, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
 from inc_graph.smoothing import Smoothing
 from inc_graph.utils.device import choose_backend
@@ -112,15 +113,16 @@ def _plan(model: nn.Module, facts: _Facts, source: Source | None) -> list[tuple[
     for path, module in model.named_modules(remove_duplicate=False):
         if _takes(module, facts.recipe):
             paths.setdefault(module, []).append(path)
-    captures, matched, plan = Captures(), set[int](), []
+    captures, matched, served, plan = Captures(), set[int](), Served(facts.recipe), []
     with warnings.catch_warnings(), progress("prepare", len(paths)) as step:
         warnings.simplefilter("ignore", UnusedRuleWarning)  # each small graph would warn of rules for the others
         for module, names in paths.items():
             step(names[0])
-            leaf = _leaf(model, filled(module, source), names, captures, facts, matched)
+            leaf = _leaf(model, filled(module, source), names, captures, facts, matched, served)
             if leaf is not None and leaf.original is not module and source is not None:
                 stream(leaf, source, module)
             plan.append((names, leaf))
+    served.check()
     for i, rule in enumerate(facts.recipe.rules):
         if rule.where.kind not in ("all", "implied") and i not in matched:
             message = f"{rule.origin or rule.where} matched no operator of the model"
@@ -141,18 +143,22 @@ def _takes(module: nn.Module, recipe: Recipe) -> bool:
 
 
 def _leaf(
-    model: nn.Module, module: nn.Module, names: list[str], captures: Captures, facts: _Facts, matched: set[int]
+    model: nn.Module,
+    module: nn.Module,
+    names: list[str],
+    captures: Captures,
+    facts: _Facts,
+    matched: set[int],
+    served: Served | None = None,
 ) -> Leaf | None:
+    served = Served(facts.recipe) if served is None else served
     parent = model.get_submodule(names[0].rpartition(".")[0]) if names[0] else None
     kind = type(module).__name__
     if (reason := unfit(module, parent)) is not None:
         facts.floats.append(OpLine(names[0], names[0], kind, reason))
         spoken = _rules_by_name(_named(module, names), facts.recipe)
         matched.update(spoken)
-        for rule in (facts.recipe.rules[i] for i in spoken):
-            if rule.where.kind == "name" and rule.what is not None and rule.what.activation is None:
-                hint = "take it out of set_local, or leave it float with dtype='fp32'"
-                raise ConfigError(f"this layer cannot be quantized: {reason}", module=names[0], hint=hint)
+        served.refused(_named(module, names), reason, spoken)
         return None
     if (by_name := _float_by_name(module, names, facts.recipe)) is not None:
         op, reason, spoken = by_name
@@ -173,13 +179,18 @@ def _leaf(
     chosen = next((n for n in names if any(rules[i].where.kind == "name" for i in found[n])), names[0])
     _rules_for(gm, chosen, module, rules)
     set_recipe(gm, facts.recipe)
+    gm.meta[ONE_LAYER] = True
     result = Pipeline.parse(facts.recipe.prepare).run(gm)
+    result.graph.meta.pop(ONE_LAYER)
     for done, seconds in result.timings:
         facts.timings[done] += seconds  # type: ignore[assignment]
     quantized, floats = read_graph(result.graph)
     facts.floats += [f for f in floats if f.op != "cat" or not is_recurrent(module)]  # its states, put together
+    own = _named(module, [chosen])
     if not quantized:
+        served.refused(own, "; ".join(dict.fromkeys(f.detail for f in floats)))
         return None
+    served.taken(own)
     result.graph.meta["inc"]["bytes_before"] = attribute_bytes(module)
     refuse_pickling(result.graph)
     return Leaf(result.graph, form, names[0], module)
