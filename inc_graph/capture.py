@@ -5,10 +5,11 @@ Normal form
   * views of what has no fixed memory layout are `reshape` - see `layouts.py`;
   * autocast and grad-mode regions written out: autocast as explicit casts, so a flat walk sees every operator and each
     keeps the path of the module that made it (the exporter's own inlining loses it) - see `regions.py`;
-  * no metadata assertions (they would pin dtypes), no guards module, no identity `detach`/`clone`;
+  * no metadata assertions (they would pin dtypes), no guards module, no identity `clone`; no `detach` where no gradient
+    is wanted - in training all of them, with one for what leaves a region without gradients;
   * parameters, buffers and constants are read with get_attr at their original paths and are the user's own tensors;
     only buffers that the graph writes to are private copies, so that running it leaves the user's model alone;
-  * what the graph writes to a buffer is detached: the graph is for inference, and buffers outlive a call;
+  * what the graph writes to a buffer is detached: buffers outlive a call;
   * input trees as in the model's `forward`; shapes are checked on each call against what was captured - see
     `inputs.py`.
 """
@@ -48,6 +49,7 @@ from inc_graph.layouts import settle_views
 from inc_graph.quiet import quiet_torch
 from inc_graph.recurrent_capture import WholeRecurrent, name_recurrent
 from inc_graph.regions import inline_regions
+from inc_graph.trained_capture import keep_gradients, settle_detach
 
 aten = torch.ops.aten
 
@@ -88,7 +90,8 @@ def capture(
     """Export `model` on example inputs to a graph module in normal form, level "float".
 
     The model is captured as it behaves in inference, whatever its flags, and is left exactly as it was; its parameters
-    are shared, not copied. `training=True` captures it with the flags it has, and with gradients.
+    are shared, not copied. `training=True` captures it with the flags it has, and with gradients: CaptureError if it
+    has a `torch.autograd.Function`, whose backward would be lost.
     `dynamic_shapes` goes to `torch.export.export`. CaptureError if the model cannot be exported: it carries the
     exporter's reason, the module path where that is known, and what to do.
     """
@@ -98,9 +101,11 @@ def capture(
     args, kwargs = _distinct(model, (args, dict(kwargs or {})))
     with _captured_as(model, training):
         try:
-            with quiet_torch(), contextlib.nullcontext() if training else WholeRecurrent():
+            with quiet_torch(), keep_gradients() if training else WholeRecurrent():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-            inline_regions(program)
+            if training:
+                settle_detach(program)
+            inline_regions(program, training)
             program = program.run_decompositions({})
             with_guards = "check_guards" in inspect.signature(program.module).parameters
             exported = program.module(check_guards=False) if with_guards else program.module()
@@ -165,8 +170,7 @@ def _normalize(exported: fx.GraphModule, training: bool) -> fx.GraphModule:
     settle_views(gm)
     if training:
         _read_copies(gm)
-    else:
-        write_values(gm)
+    write_values(gm)
     erase_dead(gm)
     own_mutated(gm)
     return gm
@@ -290,7 +294,10 @@ def own_mutated(gm: fx.GraphModule) -> None:
 def _explain(model: nn.Module, error: Exception) -> CaptureError:
     text = f"{type(error).__name__}: {error}"
     hint = next((h for words, h in _HINTS if any(w in text for w in words)), _DEFAULT_HINT)
-    lines = [line.rstrip() for line in str(error).strip().splitlines() if line.strip()]
+    said = error.message if isinstance(error, CaptureError) else str(error)
+    if isinstance(error, CaptureError) and error.hint:
+        hint = error.hint
+    lines = [line.rstrip() for line in said.strip().splitlines() if line.strip()]
     reason = "\n  ".join(lines[:12]) or type(error).__name__
     path, where = _failing_module(model, error)
     at = f" (at {where})" if where else ""

@@ -2,9 +2,11 @@
 
 The exporter wraps such a region in a higher-order call whose body a walk over the graph does not see. Left to
 `run_decompositions`, the body is inlined but every operator in it loses its module path. Here the bodies are copied
-into the graph with their metadata. A grad-mode region then needs nothing more. In an autocast region the casts happen
-inside the dispatcher and are not in the body, so they are written out: each operator is run on fake tensors under the
-region's autocast, and the casts the dispatcher made to its inputs become nodes.
+into the graph with their metadata. A grad-mode region then needs nothing more, if no gradient is wanted; else what is
+computed where gradients are off is detached where it leaves, for the outside or for a region where they are on, and
+where it is written to something from outside. In an autocast region the casts happen inside the dispatcher and are not
+in the body, so they are written out: each operator is run on fake tensors under the region's autocast, and the casts
+the dispatcher made to its inputs become nodes.
 
 A call for which that is not all autocast does is put into a region of its own instead: `run_decompositions` inlines
 that one correctly, and with the path. (Regions in regions it would get wrong.)
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,10 +40,23 @@ class _CannotInline(Exception):
     pass
 
 
-def inline_regions(program: Any) -> None:
-    """Write out the autocast and grad-mode regions of an ExportedProgram, in place; control-flow bodies as well."""
+@dataclass
+class _Emit:
+    """Where the bodies go."""
+
+    root: fx.GraphModule
+    training: bool  # grad modes have a meaning
+    made: set[str] = field(default_factory=set)  # bodies that were put around single calls
+    gradless: set[fx.Node] = field(default_factory=set)  # computed where gradients are off
+
+
+def inline_regions(program: Any, training: bool = False) -> None:
+    """Write out the autocast and grad-mode regions of an ExportedProgram, in place; control-flow bodies as well.
+
+    `training`: with the gradients that they have.
+    """
     gm = program.graph_module
-    renamed = _inline_in(gm)
+    renamed = _inline_in(gm, training)
     for old, new in renamed.items():
         program.graph_signature.replace_all_uses(old, new)
 
@@ -49,18 +65,18 @@ def _is_region(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _REGIONS
 
 
-def _inline_in(gm: fx.GraphModule) -> dict[str, str]:
+def _inline_in(gm: fx.GraphModule, training: bool) -> dict[str, str]:
     """Returns {old: new} for output names that changed."""
     renamed: dict[str, str] = {}
+    emit = _Emit(gm, training)
     outputs = {n.name for node in gm.graph.find_nodes(op="output") for n in node.all_input_nodes}
-    made: set[str] = set()  # bodies that were put around single calls
     changed = False
     for node in list(gm.graph.nodes):
         if not _is_region(node):
             continue
         changed = True
         with gm.graph.inserting_before(node):
-            values = _emit_region(gm, gm, node, {}, [], made)
+            values = _emit_region(emit, gm, node, {}, [], True)
         for user in list(node.users):
             value = values[user.args[1]]
             user.replace_all_uses_with(value)
@@ -78,8 +94,8 @@ def _inline_in(gm: fx.GraphModule) -> dict[str, str]:
                 gm.graph.erase_node(node)
                 continue
             used.add(node.target)
-            if node.target not in made:
-                _inline_in(child)
+            if node.target not in emit.made:
+                _inline_in(child, training)
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule) and name not in used:
             delattr(gm, name)
@@ -89,26 +105,33 @@ def _inline_in(gm: fx.GraphModule) -> dict[str, str]:
 
 
 def _emit_region(
-    root: fx.GraphModule, owner: fx.GraphModule, node: fx.Node, env: Env, casts: list[Autocast], made: set[str]
+    emit: _Emit, owner: fx.GraphModule, node: fx.Node, env: Env, casts: list[Autocast], around: bool
 ) -> list[Any]:
-    """Copy the body of region `node` (a node of `owner`) to the insertion point of `root`; returns its outputs."""
+    """Copy the body of region `node` (a node of `owner`) to the insertion point of `root`; returns its outputs.
+
+    `around`: whether gradients are on around it.
+    """
+    root, grad = emit.root, around
     args: list[Any] = list(node.args)
     if getattr(node.target, "__name__", "") == "wrap_with_autocast":
         device, dtype, enabled, _cache, body_node, *inputs = args
         casts = [*casts, (device, dtype, enabled)]
     else:
-        _enabled, body_node, *inputs = args
+        grad, body_node, *inputs = args
     body = getattr(owner, body_node.target)
     inputs = [env.get(a, a) if isinstance(a, fx.Node) else a for a in inputs]
+    if grad and not around:
+        inputs = [_without_gradient(emit, a) for a in inputs]
     inner: Env = {}
     for child in body.graph.nodes:
         if child.op == "placeholder":
             inner[child] = inputs.pop(0)
         elif child.op == "output":
             result = fx.map_arg(child.args[0], inner.__getitem__)
-            return list(result) if isinstance(result, list | tuple) else [result]
+            results = list(result) if isinstance(result, list | tuple) else [result]
+            return [_without_gradient(emit, r) for r in results] if around and not grad else results
         elif _is_region(child):
-            inner[child] = _emit_region(root, body, child, inner, casts, made)
+            inner[child] = _emit_region(emit, body, child, inner, casts, grad)
         elif child.op == "get_attr":
             value = getattr(body, child.target) if "." not in child.target else body.get_submodule(child.target)
             if isinstance(value, fx.GraphModule) and all(_is_region(u) for u in child.users):
@@ -118,8 +141,39 @@ def _emit_region(
         elif child.target is operator.getitem and isinstance(inner.get(child.args[0]), list):
             inner[child] = inner[child.args[0]][child.args[1]]
         else:
-            inner[child] = _emit_call(root, child, inner, casts, made)
+            inner[child] = _emit_call(emit, child, inner, casts, grad)
     return []
+
+
+def _without_gradient(emit: _Emit, value: Any) -> Any:
+    """`value`, detached if it was computed where gradients are off; some are lists."""
+    if isinstance(value, list | tuple):
+        return [_without_gradient(emit, v) for v in value]
+    return _detached(emit, value) if emit.training and value in emit.gradless else value
+
+
+def _detached(emit: _Emit, node: fx.Node) -> fx.Node:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return node
+    new = emit.root.graph.call_function(aten.detach.default, (node,))
+    new.meta = {k: node.meta[k] for k in (*_COPIED, "val") if k in node.meta}
+    return new
+
+
+def _detach_written(emit: _Emit, call: fx.Node) -> None:
+    """What a call where gradients are off writes into a value, perhaps one from outside, has no gradient."""
+    schema = getattr(call.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    written = [
+        (i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+    targets = {call.args[i] if i < len(call.args) else call.kwargs.get(name) for i, name in written}
+    with emit.root.graph.inserting_before(call):
+        for source in call.all_input_nodes:
+            if source not in targets:
+                call.replace_input_with(source, _detached(emit, source))
 
 
 def _adopt_attr(root: fx.GraphModule, value: Any) -> str:
@@ -133,14 +187,18 @@ def _adopt_attr(root: fx.GraphModule, value: Any) -> str:
     return name
 
 
-def _emit_call(root: fx.GraphModule, node: fx.Node, env: Env, casts: list[Autocast], made: set[str]) -> Any:
+def _emit_call(emit: _Emit, node: fx.Node, env: Env, casts: list[Autocast], grad: bool) -> Any:
     """Copy one call with what autocast does to it; a list if it stays in a region and has several outputs."""
+    root = emit.root
     args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
     if any(enabled for _, _, enabled in casts) and isinstance(node.target, torch._ops.OpOverload):
         try:
             wanted, extra = _autocast_call(node, args, kwargs, casts)
         except _CannotInline:
-            return _keep_in_region(root, node, args, kwargs, casts, made)
+            kept = _keep_in_region(root, node, args, kwargs, casts, emit.made)
+            if not grad:
+                emit.gradless.update(kept if isinstance(kept, list) else [kept])
+            return kept
         copies: dict[fx.Node, fx.Node] = {}
         for source, value in wanted.items():
             copies[source] = root.graph.call_function(aten._to_copy.default, (source,), {"dtype": value.dtype})
@@ -148,6 +206,10 @@ def _emit_call(root: fx.GraphModule, node: fx.Node, env: Env, casts: list[Autoca
         args, kwargs = fx.map_arg((args, {**kwargs, **extra}), lambda n: copies.get(n, n))
     new = root.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
     new.meta = dict(node.meta)
+    if not grad:
+        emit.gradless.add(new)
+        if emit.training:
+            _detach_written(emit, new)
     return new
 
 

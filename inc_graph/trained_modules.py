@@ -1,4 +1,4 @@
-"""Parts of a graph in training that behave otherwise in evaluation: batch norms, folded or not, and dropout.
+"""Parts of a graph in training that evaluation has otherwise: batch norms, folded or not, dropout, ends of gradients.
 
 A batch norm behind a convolution or linear layer is folded while the model learns, so that what is rounded is what will
 be rounded after conversion (Jacob et al. 2018, section 3.2):
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ApplyMask", "Attention", "DropoutMask", "FoldedNorm", "FoldedWeight", "Norm"]
+__all__ = ["ApplyMask", "Attention", "Detach", "DropoutMask", "FoldedNorm", "FoldedWeight", "Norm"]
 
 LEAST = 1e-8  # a channel whose factor is smaller could not be scaled back
 
@@ -111,6 +111,13 @@ class FoldedWeight(nn.Module):
             return weight * k.view(-1, *[1] * (weight.ndim - 1))
         grouped = weight.unflatten(0, (self.groups, -1))  # transposed: [groups, in / groups, out / groups, *kernel]
         return (grouped * k.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))).flatten(0, 1)
+
+
+class Detach(nn.Module):
+    """Where the model stops a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
 
 
 class DropoutMask(nn.Module):

@@ -80,7 +80,8 @@ class _State:
 class Canonicalize(Pass):
     """Drop identities, and write operators in one of the ways they can be written.
 
-    Option: `trainable` keeps parameters where they are: no copy of one takes its place.
+    Option: `trainable` keeps parameters where they are, as no copy of one takes its place; and `detach`, as it stops a
+    gradient.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -140,7 +141,9 @@ def _identity(state: _State, node: fx.Node) -> str | None:
         return ""
     if source.op == "get_attr" and source.target in state.mutated:
         return "it holds the value of a buffer from before the model writes to it"
-    if node.target is aten.detach.default and any(u.target is aten.copy_.default for u in node.users):
+    if node.target is aten.detach.default and (
+        state.trainable or any(u.target is aten.copy_.default for u in node.users)
+    ):
         return ""  # buffers take no history
     if not take_fuel():
         return ""

@@ -4,6 +4,7 @@
     attention(..., p)          -> attention(..., 0), and  dropout_p
     batch norm of the batch    -> batch norm of running statistics, and  norm: {its tensors and numbers};
                                   behind a layer that can take it in, only the note on that layer
+    detach(x)                  -> x, and on its readers   detached: [which of their arguments]
 
 So annotation sees what will run after conversion; `insert-fake-quant` puts the rest back. Tensors that nobody reads any
 more stay in the module for it. What is random, or depends on the batch, and is not known here is an error: it would
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from inc_graph.errors import ConfigError
 from inc_graph.graph import inc_meta, insert_call, module_path, replace_uses
@@ -57,6 +59,8 @@ class InferenceForm(Pass):
                 inc_meta(node)["dropout_p"] = float(argument(node, 4))
                 set_arguments(node, {4: 0.0})
                 report.matched.append(node.name)
+        for node in gm.graph.find_nodes(op="call_function", target=aten.detach.default):
+            _detach(node, report)
         gm.graph.eliminate_dead_code()
         gm.recompile()
         for node in gm.graph.nodes:
@@ -77,6 +81,18 @@ def _training_only(node: fx.Node) -> str | None:
         return "normalizes by the batch in a form that is not known"
     names = {a.name: argument(node, i) for i, a in enumerate(target._schema.arguments)}
     return "was captured in training mode" if names.get("train") is True or names.get("training") is True else None
+
+
+def _detach(node: fx.Node, report: PassReport) -> None:
+    """Buffers take no history in inference either."""
+    for reader in [u for u in node.users if u.target is not aten.copy_.default]:
+        leaves, tree = pytree.tree_flatten((reader.args, reader.kwargs))
+        at = [i for i, leaf in enumerate(leaves) if leaf is node]
+        notes = inc_meta(reader)
+        notes["detached"] = sorted({*notes.get("detached", []), *at})
+        leaves = [node.args[0] if leaf is node else leaf for leaf in leaves]
+        reader.args, reader.kwargs = pytree.tree_unflatten(leaves, tree)
+        report.matched.append(node.name)
 
 
 # ------------------------------------------------------------------------------------------------------------ dropout
@@ -138,9 +154,12 @@ def _as_inference(
     for user in list(node.users):
         if user.args[1] == 0:
             replace_uses(user, result)
-    mine = [n for n in writes if n.args[0] in reads[2:] and n.args[1] in node.users]
+    mine = [n for n in writes if n.args[0] in reads[2:] and _written(n) in node.users]
     for dead in [*mine, *counts]:
+        value: Any = dead.args[1]
         gm.graph.erase_node(dead)
+        if value.target is aten.detach.default and not value.users:
+            gm.graph.erase_node(value)
     for user in list(node.users):
         if user.users:
             raise ConfigError("the statistics of this batch norm are read", node=node, module=module_path(node))
@@ -151,6 +170,12 @@ def _as_inference(
 
 def _result(node: fx.Node) -> fx.Node:
     return next(u for u in node.users if u.args[1] == 0)
+
+
+def _written(copy: fx.Node) -> Any:
+    """The value that a buffer takes."""
+    value: Any = copy.args[1]
+    return value.args[0] if value.target is aten.detach.default else value
 
 
 def _read(node: Any) -> fx.Node | None:

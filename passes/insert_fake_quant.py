@@ -4,6 +4,7 @@
     weight --> layer           becomes   weight --> fake quantizer --> layer
     with a folded batch norm             weight --> k W --> fake quantizer --> layer --> norm -->
     a dropout that was noted             ... --> times its mask --> reader
+    a detach that was noted              ... --> detach --> reader
 
 Parameters stay the parameters of the graph, and gradients reach them.
 """
@@ -15,11 +16,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from inc_graph.errors import PassError
 from inc_graph.fake_quantizer import FakeQuantizer
 from inc_graph.graph import (
     erase_dead,
+    get_attr,
     get_tensor,
     inc_meta,
     insert_get_attr,
@@ -35,7 +38,7 @@ from inc_graph.passes.insert_observers import is_carried
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
 from inc_graph.spec import QSpec
-from inc_graph.trained_modules import ApplyMask, Attention, DropoutMask, FoldedNorm, FoldedWeight, Norm
+from inc_graph.trained_modules import ApplyMask, Attention, Detach, DropoutMask, FoldedNorm, FoldedWeight, Norm
 from inc_graph.trained_scales import quantizer_for
 
 aten = torch.ops.aten
@@ -85,6 +88,7 @@ class InsertFakeQuant(Pass):
         for node in nodes:
             if "dropout" in peek_meta(node):
                 _dropouts(state, node)
+        _detach(state)
         erase_dead(gm)  # recompiles
         set_level(gm, "trainable")
         return PassResult(gm, True, report)
@@ -157,6 +161,8 @@ def _norm(state: _State, node: fx.Node) -> None:
     new.args = (x, bias, *tensors) if folded else (x, *tensors)
     if not folded:
         take_over(gm, node, new)
+        if (detached := peek_meta(node.args[0]).get("detached")) is not None:  # type: ignore[arg-type]
+            inc_meta(new)["detached"] = detached
         return
     assert pattern is not None
     weight: Any = argument(node, pattern.weight)  # type: ignore[arg-type]
@@ -221,3 +227,33 @@ def _attention(state: _State, node: fx.Node) -> None:
     replace_uses(node, new)
     take_over(state.gm, node, new)
     state.gm.graph.erase_node(node)  # random, so nobody else would remove it
+
+
+def _detach(state: _State) -> None:
+    """Stop the gradients that the model stops.
+
+    Before a fake quantizer that has no other readers, so that its scale is trained as layer by layer; else behind it.
+    """
+    gm = state.gm
+    edges = {n: list(peek_meta(n)["detached"]) for n in gm.graph.nodes if "detached" in peek_meta(n)}
+    if not edges:
+        return
+    kept: set[fx.Node] = set()  # values that are read with their gradient, too
+    for node in gm.graph.nodes:
+        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        kept.update(v for i, v in enumerate(leaves) if isinstance(v, fx.Node) and i not in edges.get(node, ()))
+    name = set_module(gm, "detach", Detach())
+    made: dict[fx.Node, fx.Node] = {}
+    for reader, places in edges.items():
+        leaves, tree = pytree.tree_flatten((reader.args, reader.kwargs))
+        for i in places:
+            source = leaves[i]
+            module = get_attr(gm, str(source.target)) if source.op == "call_module" else None
+            before = isinstance(module, FakeQuantizer) and source not in kept
+            if source not in made:
+                value, at = (source.args[0], source) if before else (source, reader)
+                made[source] = _call(state, name, (value,), before=at, like=value)
+                if before:
+                    source.args = (made[source],)
+            leaves[i] = source if before else made[source]
+        reader.args, reader.kwargs = pytree.tree_unflatten(leaves, tree)

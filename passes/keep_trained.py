@@ -3,7 +3,7 @@
 fake quantizer of a value      -> an observer that gives the scale of training
 fake quantizer of a weight     -> gone; a learned scale is noted for `convert-qdq`, which finds any other again
 k W, norm behind a layer       -> the weight k W and the bias of evaluation
-other norms, dropout           -> as in evaluation
+other norms, dropout, detach   -> as in evaluation
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from inc_graph.oppattern import argument, pattern_of, set_arguments
 from inc_graph.passes.insert_fake_quant import take_over
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.registry import PASSES
-from inc_graph.trained_modules import Attention, DropoutMask, FoldedNorm, FoldedWeight, Norm
+from inc_graph.trained_modules import Attention, Detach, DropoutMask, FoldedNorm, FoldedWeight, Norm
 from inc_graph.trained_scales import TRAINED, TrainedObserver
 
 aten = torch.ops.aten
@@ -55,6 +55,9 @@ class KeepTrained(Pass):
         report = PassReport()
         observers: dict[str, str] = {}
         for node in gm.graph.find_nodes(op="call_module"):
+            if isinstance(get_attr(gm, str(node.target)), Detach):
+                replace_uses(node, node.args[0])
+        for node in gm.graph.find_nodes(op="call_module"):
             module = get_attr(gm, str(node.target))
             if isinstance(module, FoldedNorm):
                 _unfold(gm, node, module)
@@ -73,7 +76,7 @@ class KeepTrained(Pass):
             if not node.users and "observes" not in peek_meta(node):
                 gm.graph.erase_node(node)
         for node in gm.graph.nodes:
-            for key in ("dropout", "dropout_p", "norm", "options"):
+            for key in ("dropout", "dropout_p", "detached", "norm", "options"):
                 peek_meta(node).pop(key, None)
         erase_dead(gm)
         set_level(gm, "observed")

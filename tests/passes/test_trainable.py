@@ -80,6 +80,33 @@ def test_golden_insert_fake_quant_rejected() -> None:
     check_golden("insert-fake-quant/rejected.txt", f"{error.value}\n")
 
 
+class Stopped(nn.Module):
+    """A value with and without its gradient, and a region without gradients that writes to a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with torch.no_grad():
+            self.mean.add_(y.mean((0, 1, 2)))
+            z = self.b(y) - self.mean
+        return self.a(z) + y * y.detach()
+
+
+def test_golden_stopped_gradients() -> None:
+    gm = graph(Stopped(), FORM)
+    check_golden("inference-form/detach.txt", text(gm))
+    gm = Pipeline.parse("annotate,insert-fake-quant").run(gm, verify_each=True).graph
+    check_golden("insert-fake-quant/detach.txt", text(gm))
+    gm(X)
+    observed = Pipeline.parse("keep-trained").run(gm, verify_each=True).graph
+    check_golden("keep-trained/detach.txt", text(observed))
+
+
 def test_golden_keep_trained() -> None:
     gm = trainable()
     gm(X)
