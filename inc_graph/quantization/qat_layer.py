@@ -80,11 +80,15 @@ def kind_of(layer: nn.Module) -> str | None:
     return "transposed" if type(layer).__name__ == "Conv1D" else None  # its weight is [in, out]
 
 
-def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Instead of the layer's own."""
+def _forward(self: Any, /, *args: Any, **kwargs: Any) -> Tensor:
+    """Instead of the layer's own; its input may come by name, which is `input`, or `x` in a Conv1D."""
     own: LayerQuantizers = self._modules[NAME]
-    if args or kwargs:
+    name = "x" if own.kind == "transposed" else "input"
+    if len(args) + len(kwargs) > 1:
         raise ConfigError("called with more than its input", module=own.path, hint="leave this layer float")
+    if not args and name not in kwargs:
+        raise TypeError(f"{type(self).__name__}.forward() needs one argument, {name!r}")
+    x: Tensor = args[0] if args else kwargs[name]
     weight = self.weight.t() if own.kind == "transposed" else self.weight
     if own.weight is not None:
         weight = own.weight(weight)  # before the input, whose range is moved: it may be refused
