@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from inc_graph.quantization import convert, prepare_qat
+from inc_graph.errors import CalibrationError, IncWarning
+from inc_graph.quantization import convert, freeze_observers, prepare_qat
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -35,3 +37,34 @@ def test_inputs_by_name() -> None:
         layer(input=X)
     with pytest.raises(TypeError, match="needs one argument"):
         layer()
+
+
+class Frozen(nn.Module):
+    """A backbone, a head, and a layer that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.back = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head, self.unused = nn.Linear(8, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.back(x))
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_a_layer_that_is_never_called_does_not_hinder_freezing(learn_scales: bool) -> None:
+    model: Any = prepare_qat(Frozen().train(), {nn.Linear: "INT8"}, learn_scales=learn_scales)
+    with pytest.raises(CalibrationError, match="the input has no range yet"):
+        freeze_observers(model)
+    model(X)
+    with pytest.warns(IncWarning, match="^no training batch has reached unused: not frozen") as said:
+        freeze_observers(model)
+    assert said[0].filename == __file__
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    model(3 * X)
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    model.unused(X)  # which may begin later
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        freeze_observers(model)

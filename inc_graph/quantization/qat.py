@@ -15,7 +15,7 @@ from torch import nn
 
 from inc_graph.errors import CalibrationError, ConfigError, IncWarning
 from inc_graph.export import check_model, refuse_quantized, unwrap
-from inc_graph.fake_quantizer import FakeQuantizer
+from inc_graph.fake_quantizer import FakeQuantizer, unseen
 from inc_graph.quantization import module_scope, qat_graph
 from inc_graph.quantization.layers import call_every_layer, leaves, own_copy
 from inc_graph.quantization.predicates import bind_predicates, layers_of
@@ -122,18 +122,24 @@ def freeze_observers(model: nn.Module) -> None:
 
     Raises:
         ConfigError: the model is not prepared for training.
-        CalibrationError: a range has seen no training batch; names the layer, and nothing is frozen.
+        CalibrationError: no range has seen a training batch; nothing is frozen.
+
+    Warns:
+        IncWarning: a layer has seen no training batch; it stays as it is.
     """
     model = unwrap(model)
     if not is_prepared(model):
         raise ConfigError("the model is not prepared for training", hint="prepare_qat(model, mapping) does it")
     quantizers = [m for m in model.modules() if isinstance(m, FakeQuantizer)]
-    empty = next((q for q in quantizers if not q.seen), None)
-    if empty is not None:
-        hint = "run training batches through the model in train mode first"
-        raise CalibrationError(f"the {empty.what} has no range yet", module=empty.path, hint=hint)
+    empty = [q for q in quantizers if not q.seen]
+    if empty and not any(q.seen for q in quantizers if q.what == "input"):
+        raise unseen(empty[0])
+    if empty:
+        names = ", ".join(dict.fromkeys(q.path for q in empty))
+        warnings.warn(f"no training batch has reached {names}: not frozen", IncWarning, stacklevel=2)
     for quantizer in quantizers:
-        quantizer.freeze()
+        if quantizer.seen:
+            quantizer.freeze()
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
