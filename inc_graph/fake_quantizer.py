@@ -47,6 +47,7 @@ class FakeQuantizer(nn.Module):
         super().__init__()
         self.spec, self.what, self.path, self.check = spec, what, path, check
         self.watch = False  # refuse gradients that are not finite, too
+        self.begins = False  # take a first range in eval mode as well
         self.guard: Any = None  # `clear()` drops the gradients of the whole model
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +173,8 @@ class TrackedRange(FakeQuantizer):
     """The range is a moving average over training batches; the gradient is zero where a value saturates.
 
     Batches count in training mode only: `low += max(1/n, 0.01) (min x - low)`, so that the first hundred weigh the
-    same. A forward that gradient checkpointing repeats in the backward pass counts once.
+    same. In eval mode, within a model that trains, there is one: the first, if none has come before. A forward that
+    gradient checkpointing repeats in the backward pass counts once.
 
     Buffers `low`, `high` (float32 scalars), `steps` (int64) and `frozen` (bool) go into the state dict.
 
@@ -206,7 +208,8 @@ class TrackedRange(FakeQuantizer):
         return [self.low, self.high, self.steps]
 
     def rounded(self, x: Tensor) -> Tensor:
-        if self.training and x.numel() and not _recomputing():
+        moves = self.training or (self.begins and not self.seen)
+        if moves and x.numel() and not _recomputing():
             self._track(x.detach())
         elif not torch.compiler.is_compiling() and not x.is_meta and not self.seen:
             raise unseen(self)

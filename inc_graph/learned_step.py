@@ -75,7 +75,7 @@ class LearnedStep(FakeQuantizer):
 
     def rounded(self, x: Tensor) -> Tensor:
         if not self._begun and not x.is_meta:
-            if self.training:
+            if self.training or self.begins:
                 self._begin(x.detach(), together=True)
             elif not torch.compiler.is_compiling():
                 raise unseen(self)

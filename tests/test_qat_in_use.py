@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inc_graph.errors import CalibrationError, IncWarning
+from inc_graph.errors import CalibrationError, IncWarning, TrainingError
 from inc_graph.quantization import convert, freeze_observers, prepare_qat
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
@@ -68,3 +69,40 @@ def test_a_layer_that_is_never_called_does_not_hinder_freezing(learn_scales: boo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         freeze_observers(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"learn_scales": True}, {"check_finite": False}])
+def test_a_frozen_backbone_takes_its_first_range(options: dict[str, Any]) -> None:
+    model: Any = prepare_qat(Frozen().train(), {nn.Linear: "INT8"}, **options)
+    with pytest.raises(CalibrationError, match="the input has no range yet"):
+        copy.deepcopy(model).eval()(X)  # nothing trains
+    model.back.eval().requires_grad_(False)
+    weight = model.back[0].weight.clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        model((1 + step) * X).square().mean().backward()
+        optimizer.step()
+        if not step:
+            first = {n: b.clone() for n, b in model.back.state_dict().items()}
+    assert all(torch.equal(b, first[n]) for n, b in model.back.state_dict().items())  # the first, and no other
+    assert torch.equal(model.back[0].weight, weight) and model.back[0].fake_quant.input.seen == 1
+    assert model.head.fake_quant.input.seen == (1 if "learn_scales" in options else 3)
+    again = copy.deepcopy(model).eval()
+    trained = again(X)
+    with pytest.warns(match="stay float: unused"):
+        converted = convert(again)
+    assert [line.module for line in converted.report.quantized] == ["back.0", "back.2", "head"]
+    torch.testing.assert_close(converted(X), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_a_refused_batch_gives_no_range() -> None:
+    model: Any = prepare_qat(Frozen().train(), {nn.Linear: "INT8"})
+    model.back.eval()
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="the weight has 1 NaN"):
+        model(X)
+    assert not model.back[0].fake_quant.input.seen
+    with pytest.raises(CalibrationError, match="the input has no range yet"):
+        model.back(X)  # by itself

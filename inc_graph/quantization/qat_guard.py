@@ -1,10 +1,13 @@
-"""What is refused leaves a model in training as it was: its observers, its running statistics, its gradients.
+"""What surrounds a forward and a backward of a model in training.
+
+What is refused leaves it as it was: its observers, its running statistics, its gradients.
 
     forward    refused: ranges, learned scales that had just begun, and batch norms are set back
     backward   the gradient of the model's output is looked at before that of any layer; once one is refused, no
                parameter keeps a gradient
 
-Nothing is done under `torch.compile`, where nothing is refused.
+And a part of it that is in eval mode takes its first range in a forward of the whole that is in train mode: who freezes
+a backbone before training wants it quantized. Nothing is done under `torch.compile`, where nothing is refused.
 """
 
 from __future__ import annotations
@@ -29,25 +32,33 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class _Guard:
     """Shared by a model and its quantizers. Copies forget which model it was, until that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, refuses: bool) -> None:
+        self.refuses = refuses
         self.model: weakref.ref[nn.Module] | None = None
         self.before: list[tuple[Tensor, Tensor]] = []  # (state, what it was)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": None, "before": []}
+        return {"refuses": self.refuses, "model": None, "before": []}
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Before a forward."""
         if torch.compiler.is_compiling():
             return
         self.model = weakref.ref(model)
-        self.before = [(t, t.detach().clone()) for t in _moving(model) if not t.is_meta] if model.training else []
+        for quantizer in _quantizers(model):
+            quantizer.begins = model.training
+        if self.refuses and model.training:
+            self.before = [(t, t.detach().clone()) for t in _moving(model) if not t.is_meta]
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After it, refused or not."""
         if torch.compiler.is_compiling():
             return
         before, self.before = self.before, []
+        for quantizer in _quantizers(model):
+            quantizer.begins = False
+        if not self.refuses:
+            return
         if output is None and isinstance(sys.exc_info()[1], TrainingError):
             with torch.no_grad():
                 for state, value in before:
@@ -69,9 +80,7 @@ def guard(model: nn.Module) -> None:
     """Watch a prepared model; a graph once more for each copy, which is not given such hooks."""
     unguard(model)
     watched = [q for q in _quantizers(model) if q.check]
-    if not watched:
-        return
-    made = _Guard()
+    made = _Guard(bool(watched))
     for quantizer in watched:
         quantizer.guard = made
     model.register_forward_pre_hook(made.begin)
