@@ -176,7 +176,7 @@ class TrackedRange(FakeQuantizer):
     same. In eval mode, within a model that trains, there is one: the first, if none has come before. A forward that
     gradient checkpointing repeats in the backward pass counts once.
 
-    Buffers `low`, `high` (float32 scalars), `steps` (int64) and `frozen` (bool) go into the state dict.
+    Buffers `low`, `high` (float32 scalars), `steps` and `frozen` (int64; 0 or 1) go into the state dict.
 
     Raises:
         ConfigError: the format wants more than one scale for the tensor.
@@ -195,14 +195,14 @@ class TrackedRange(FakeQuantizer):
         for name in ("low", "high"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.int64))  # averages of models cannot have bools
 
     @property
     def seen(self) -> int:
         return int(self.steps)
 
     def freeze(self) -> None:
-        self.frozen.fill_(True)
+        self.frozen.fill_(1)
 
     def moving(self) -> list[Tensor]:
         return [self.low, self.high, self.steps]
@@ -222,7 +222,7 @@ class TrackedRange(FakeQuantizer):
     def _track(self, x: Tensor) -> None:
         low, high = (v.float() for v in torch.aminmax(x))
         rate = (1.0 / (self.steps + 1)).clamp(min=RATE)
-        stays = self.frozen | ~(low.isfinite() & high.isfinite())
+        stays = self.frozen.bool() | ~(low.isfinite() & high.isfinite())
         if self.freeze_after is not None:
             stays = stays | (self.steps >= self.freeze_after)
         self.low.copy_(torch.where(stays, self.low, self.low + rate * (low - self.low)))

@@ -55,7 +55,7 @@ class LearnedStep(FakeQuantizer):
         device = None if weight is None else weight.device
         self.step = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
-        self.register_buffer("ready", torch.zeros((), dtype=torch.bool, device=device))
+        self.register_buffer("ready", torch.zeros((), dtype=torch.int64, device=device))
         self._begun = False  # the same, without asking a tensor: what is compiled can depend on it
         if weight is not None:
             self._begin(weight.detach())
@@ -74,6 +74,8 @@ class LearnedStep(FakeQuantizer):
         self._begun = bool(self.ready)
 
     def rounded(self, x: Tensor) -> Tensor:
+        if not self._begun and not x.is_meta and not torch.compiler.is_compiling():
+            self.settle()  # an average of models is written into its tensors
         if not self._begun and not x.is_meta:
             if self.training or self.begins:
                 self._begin(x.detach(), together=True)
@@ -108,7 +110,7 @@ class LearnedStep(FakeQuantizer):
             scale, zero = both[0].float(), both[1].round().int()
         self.step.copy_(scale)
         self.zero_point.copy_(zero)
-        self.ready.fill_(True)
+        self.ready.fill_(1)
         self._begun = True
 
     def get_extra_state(self) -> Tensor:

@@ -47,12 +47,12 @@ class Norm(nn.Module):
     def __init__(self, momentum: float, eps: float, frozen: bool = False) -> None:
         super().__init__()
         self.momentum, self.eps = momentum, eps
-        self.register_buffer("frozen", torch.tensor(frozen))
+        self.register_buffer("frozen", torch.tensor(int(frozen)))
         self._fixed = frozen  # the same, without asking a tensor
 
     def freeze(self) -> None:
         """Normalize by the running statistics from now on, and leave them as they are."""
-        self.frozen.fill_(True)
+        self.frozen.fill_(1)
         self._fixed = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inc_graph.errors import CalibrationError, IncWarning, TrainingError
-from inc_graph.quantization import convert, freeze_observers, prepare_qat
+from inc_graph.quantization import convert, freeze_batch_norm, freeze_observers, prepare_qat
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -106,3 +106,56 @@ def test_a_refused_batch_gives_no_range() -> None:
     assert not model.back[0].fake_quant.input.seen
     with pytest.raises(CalibrationError, match="the input has no range yet"):
         model.back(X)  # by itself
+
+
+@pytest.mark.parametrize("example_inputs", [None, (X,)])
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_averages_of_weights_and_buffers(example_inputs: Any, learn_scales: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).train()
+    options: dict[str, Any] = {"example_inputs": example_inputs, "learn_scales": learn_scales}
+    model = prepare_qat(net, {nn.Linear: "INT8"}, **options)
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+        if step == 1:
+            freeze_observers(model)
+        if step >= 1:
+            averaged.update_parameters(model)
+    flags = ("frozen", "ready", "zero_point", "steps", "low", "high")  # equal in all that were averaged
+    own, mean = dict(model.named_buffers()), dict(averaged.module.named_buffers())
+    checked = [n for n in own if n.rpartition(".")[2] in flags]
+    assert checked and all(torch.equal(own[n], mean[n]) for n in checked)
+    steps = [p for n, p in averaged.module.named_parameters() if n.endswith(".step")]
+    assert bool(steps) == learn_scales
+    ranges = {n: mean[n].clone() for n in checked}
+    before = copy.deepcopy(steps)
+    averaged.module.train()(2 * X)
+    assert all(torch.equal(b, ranges[n]) for n, b in averaged.module.named_buffers() if n in ranges)  # still frozen
+    assert all(torch.equal(*both) for both in zip(steps, before, strict=True))
+    averaged.eval()
+    torch.testing.assert_close(convert(averaged.module)(X), averaged(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_checkpoints_of_before_hold_bools(learn_scales: bool) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 2)).train()
+        return prepare_qat(net, {nn.Linear: "INT8"}, example_inputs=(X,), learn_scales=learn_scales)
+
+    model: Any = make()
+    model(X)
+    freeze_observers(model)
+    freeze_batch_norm(model)
+    flags = ("frozen", "ready")
+    state = {n: b.bool() if n.rpartition(".")[2] in flags else b for n, b in model.state_dict().items()}
+    assert any(b.dtype == torch.bool for b in state.values())
+    again = make()
+    again.load_state_dict(state)
+    before = copy.deepcopy(dict(again.named_buffers()))
+    assert torch.equal(again(3 * X), model(3 * X))
+    assert all(torch.equal(b, before[n]) for n, b in again.named_buffers())
