@@ -12,7 +12,7 @@ Three ways to the scale `s`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from inc_graph.ops import CHOOSE_QPARAMS, FAKE_QUANTIZE
 from inc_graph.options import make_algorithm, needs_inputs
 from inc_graph.spec import PerTensor, QSpec
 
-__all__ = ["FakeQuantizer", "OwnScale", "Scale", "TrackedRange", "has_no_zero_point", "unseen"]
+__all__ = ["FakeQuantizer", "OwnScale", "Scale", "TrackedRange", "has_no_zero_point", "refuse_untrained", "unseen"]
 
 RATE = 0.01  # weight of a new batch in the average, once a hundred have been seen
 Scale = tuple[Tensor, Tensor | None]
@@ -110,6 +110,14 @@ def unseen(quantizer: FakeQuantizer) -> CalibrationError:
     """What to raise where a scale is asked for before a training batch came."""
     hint = "run training batches through the model in train mode first"
     return CalibrationError(f"the {quantizer.what} has no range yet", module=quantizer.path, hint=hint)
+
+
+def refuse_untrained(quantizers: Iterable[FakeQuantizer]) -> None:
+    """CalibrationError if no input of a model has seen a training batch."""
+    inputs = [q for q in quantizers if q.what == "input"]
+    if inputs and not any(q.seen for q in inputs):
+        hint = "train it first: each training batch in train mode adds to the ranges"
+        raise CalibrationError("the model has seen no training batch", hint=hint)
 
 
 # ------------------------------------------------------------------------------------------------- scale of the tensor

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inc_graph.errors import CalibrationError, IncWarning, TrainingError
-from inc_graph.quantization import convert, freeze_batch_norm, freeze_observers, prepare_qat
+from inc_graph.errors import CalibrationError, ConfigError, IncWarning, TrainingError
+from inc_graph.quantization import MixedPrecisionConfig, convert, freeze_batch_norm, freeze_observers, prepare_qat
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -159,3 +159,17 @@ def test_checkpoints_of_before_hold_bools(learn_scales: bool) -> None:
     before = copy.deepcopy(dict(again.named_buffers()))
     assert torch.equal(again(3 * X), model(3 * X))
     assert all(torch.equal(b, before[n]) for n, b in again.named_buffers())
+
+
+@pytest.mark.parametrize("example_inputs", [None, (X,)])
+def test_half_precision_alone_is_nothing_to_train_for(example_inputs: Any) -> None:
+    half = MixedPrecisionConfig("bf16")
+    for mapping in (half, {nn.Linear: half}, {"head": half, "back": "fp32"}):
+        with pytest.raises(ConfigError, match=r"^nothing is trained for in bf16 alone.*\n.*torch.autocast"):
+            prepare_qat(Frozen().train(), mapping, example_inputs=example_inputs)
+    model = prepare_qat(Frozen().train(), {nn.Linear: "INT8", "head": half}, example_inputs=example_inputs)
+    model(X)
+    lines = {line.module: line.detail for line in convert(model).report.kernels}
+    assert "bfloat16" in lines["head"] and "int8" in lines["back.0"]
+    with pytest.raises(ConfigError, match=r"can be trained \([^)]+"), pytest.warns(match="matched no operator"):
+        prepare_qat(Frozen().train(), {"nothing": "INT8", nn.Linear: half}, example_inputs=example_inputs)

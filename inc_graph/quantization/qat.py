@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from inc_graph.errors import CalibrationError, ConfigError, IncWarning
+from inc_graph.errors import ConfigError, IncWarning
 from inc_graph.export import check_model, refuse_quantized, unwrap
-from inc_graph.fake_quantizer import FakeQuantizer, unseen
+from inc_graph.fake_quantizer import FakeQuantizer, refuse_untrained, unseen
 from inc_graph.quantization import module_scope, qat_graph
 from inc_graph.quantization.layers import call_every_layer, leaves, own_copy
 from inc_graph.quantization.predicates import bind_predicates, layers_of
@@ -88,7 +88,7 @@ def prepare(
     options = TrainingOptions(learn_scales, freeze_after, check_finite)
     plan, floats = module_scope.look(model, recipe)
     made = {paths[0]: make_quantizers(model.get_submodule(paths[0]), leaf, options) for paths, leaf in plan if leaf}
-    if not made:
+    if not any(q.input or q.weight for q in made.values()):
         reasons = (
             "; ".join(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats)) or "it has no Linear, Conv or Embedding"
         )
@@ -175,10 +175,7 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     layers = {path: m for path, m in model.named_modules() if is_trained(m)}
     for path, layer in layers.items():
         refuse_bad_weight(layer, path)
-    inputs = [q for m in layers.values() if (q := _own(m).input) is not None]
-    if inputs and not any(q.seen for q in inputs):
-        hint = "train it first: each training batch in train mode adds to the ranges"
-        raise CalibrationError("the model has seen no training batch", hint=hint)
+    refuse_untrained([q for m in layers.values() if (q := _own(m).input) is not None])
     modes = [(m, m.training) for m in model.modules()]
     unguard(model)
     leave_loading(model)

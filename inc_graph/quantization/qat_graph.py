@@ -11,7 +11,7 @@ from torch import fx, nn
 from inc_graph.capture import capture
 from inc_graph.errors import CaptureError, ConfigError
 from inc_graph.export import example_call
-from inc_graph.fake_quantizer import FakeQuantizer
+from inc_graph.fake_quantizer import FakeQuantizer, refuse_untrained
 from inc_graph.graph import clone, get_level, module_path
 from inc_graph.oppattern import pattern_of
 from inc_graph.passmanager import Pipeline
@@ -74,7 +74,10 @@ def prepare(
     gm = result.graph
     if not any(isinstance(m, FakeQuantizer) for m in gm.modules()):
         _, floats = read_graph(gm)
-        reasons = "; ".join(list(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats))[:5])
+        reasons = (
+            "; ".join(list(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats))[:5])
+            or "no operator that it speaks of has a format"
+        )
         raise ConfigError(f"the mapping matches nothing that can be trained ({reasons})", hint="see the reasons")
     warn_prefixes(recipe, filter(None, (module_path(n) for n in gm.graph.nodes if pattern_of(n))), stacklevel=4)
     _share_buffers(gm, model)
@@ -106,10 +109,11 @@ def convert(model: nn.Module, backend: str | None) -> QuantizedModel:
     """The model that the graph was trained to be; the graph stays as it is.
 
     Raises:
-        CalibrationError: a value has seen no training batch; names it.
+        CalibrationError: nothing has seen a training batch, or a value has not; names it.
         TrainingError: a weight is not finite; names the layer.
     """
     gm = clone(cast(fx.GraphModule, model))
+    refuse_untrained([m for m in gm.modules() if isinstance(m, FakeQuantizer)])
     observed = Pipeline.parse("keep-trained").run(gm).graph
     unguard(observed)
     leave_loading(observed)

@@ -8,7 +8,7 @@ StaticQuantConfig(...)            with its own local settings
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ def recipe_for(mapping: Any, backend: str, supported: tuple[str, ...] | None) ->
     if isinstance(mapping, BaseConfig):
         recipe, predicates = mapping.recipe(backend, supported), mapping.predicates()
         rules = [replace(rule, what=_trainable(rule.what)) for rule in recipe.rules]
+        _refuse_half(rules)
         return replace(recipe, rules=tuple(rules), convert=_without_correction(recipe.convert)), predicates
     if mapping is None:
         mapping = DEFAULT_MAPPING
@@ -53,6 +54,7 @@ def recipe_for(mapping: Any, backend: str, supported: tuple[str, ...] | None) ->
         if is_predicate(key):
             predicates[len(rules)] = key
         rules.append(WhereRule(where_of(key), _what(key, value), f"mapping[{shown(key)}]"))
+    _refuse_half(rules)
     return Recipe("qat", tuple(rules), _PREPARE, "convert-qdq", supported, backend), predicates
 
 
@@ -116,6 +118,19 @@ def _trainable(what: OpQuant | None) -> OpQuant | None:
         hint = "train with StaticQuantConfig; or quantize the trained float model with SmoothQuantConfig"
         raise ConfigError("SmoothQuant goes by calibration data, which training does not collect", hint=hint)
     return None if what is None else replace(what, bias_correction=False)
+
+
+def _refuse_half(rules: Sequence[WhereRule]) -> None:
+    """Beside formats that are trained for, half precision is what `convert` gives the rest.
+
+    Raises:
+        ConfigError: there is nothing but half precision.
+    """
+    asked = [r.what for r in rules if r.what is not None]
+    halves = sorted({what.half for what in asked if what.half is not None})
+    if halves and not any(what.weight or what.activation for what in asked):
+        hint = "train under torch.autocast, and convert the trained model with MixedPrecisionConfig"
+        raise ConfigError(f"nothing is trained for in {' and '.join(halves)} alone", hint=hint)
 
 
 def _without_correction(text: str) -> str:
