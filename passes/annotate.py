@@ -28,6 +28,7 @@ from inc_graph.errors import ConfigError, IncWarning, UnusedRuleWarning
 from inc_graph.graph import inc_meta, is_float, module_path, peek_meta, set_level
 from inc_graph.oppattern import OpPattern, named, pattern_of
 from inc_graph.passes._eligible import DATA, PARAMETER, Facts, useless, weight_spec
+from inc_graph.passes._precision import FLOAT, class_of
 from inc_graph.passmanager import Pass, PassReport, PassResult
 from inc_graph.recipe import HALF_DTYPES, ONE_LAYER, OpQuant, Recipe, get_recipe, in_vain
 from inc_graph.registry import PASSES, PATTERNS
@@ -351,6 +352,8 @@ def _why_float(node: fx.Node, state: _State) -> str | None:
     pattern = pattern_of(node)
     if not is_float(node) and pattern is None:
         return None
+    if state.recipe.method == "mixed_precision" and (kept := class_of(node))[0] == FLOAT:
+        return kept[1]
     if pattern is None:
         computes = getattr(node.target, "namespace", None) is not None
         return "no quantization pattern for this operator" if computes else None
@@ -373,6 +376,7 @@ def _say_unused(gm: fx.GraphModule, recipe: Recipe) -> None:
         warnings.warn(text, UnusedRuleWarning, stacklevel=2)
     for text in twice:
         warnings.warn(text, IncWarning, stacklevel=2)
+    mixed = any(r.half is not None for r in recipe.rules)  # an operator has its dtype by itself
     for rule in recipe.rules:
         if rule.where.kind in ("all", "implied"):
             continue
@@ -380,7 +384,7 @@ def _say_unused(gm: fx.GraphModule, recipe: Recipe) -> None:
         why = None if roles else "matched no operator of the model"
         if why and rule.where.kind == "name" and rule.where.value in PATTERNS:
             why += f" by its name; the type {rule.where.value} is meant by its class or function, such as torch.matmul"
-        if roles == {"activation"}:
+        if roles == {"activation"} and not (mixed and (rule.floats or rule.half is not None)):
             why = (
                 "has no effect by itself: an activation function is part of the operator that produces its input; "
                 "name that operator instead"

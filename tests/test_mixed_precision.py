@@ -222,6 +222,30 @@ def test_local_settings() -> None:
     assert type(layers.fc) is nn.Linear and type(layers.head) is not nn.Linear
 
 
+@pytest.mark.parametrize("key", [nn.GELU, "1", nn.functional.gelu, torch.ops.aten.gelu.default, "GELU"])
+def test_an_activation_function_has_its_own_precision(key: Any) -> None:
+    """In mixed precision an operator has its dtype by itself, so such a setting is not in vain; for codes it is."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
+    x = torch.randn(4, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = bf16().set_local(key, MixedPrecisionConfig(dtype="fp32"))
+        q = convert(copy.deepcopy(model), config, example_inputs=(x,))
+    assert [line.op for line in q.report.floats] == ["gelu"] and "kept float by" in q.report.floats[0].detail
+    with pytest.warns(IncWarning, match="no effect by itself"):
+        prepare(model, StaticQuantConfig().set_local(key, StaticQuantConfig(w_dtype="fp32")), example_inputs=(x,))
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_nothing_that_half_precision_suits(example: bool) -> None:
+    kwargs: Any = {"example_inputs": (torch.randn(5, 2, 8),)} if example else {}
+    why = "lstm: it rounds its state at every step" if example else "it has no Linear, Conv or Embedding"
+    with pytest.raises(ConfigError, match=rf"^nothing in this model can compute in half precision \({why}\)"):
+        convert(nn.LSTM(8, 8).eval(), bf16(), **kwargs)
+    with pytest.raises(ConfigError, match=r"half precision \(softmax: a softmax divides by a sum of exponentials"):
+        convert(nn.Softmax(-1).eval(), bf16(), example_inputs=(torch.randn(2, 8),))
+
+
 def test_white_list() -> None:
     q = convert(net(), bf16(white_list=[nn.Linear]), example_inputs=(X,))
     assert [k for k, v in dtypes(q).items() if v == torch.bfloat16] == ["fc", "head"]

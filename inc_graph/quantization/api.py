@@ -35,7 +35,7 @@ from inc_graph.quantization.no_effect import warn_no_effect
 from inc_graph.quantization.not_computed import NotComputed
 from inc_graph.quantization.ordinary import ordinary_tensors
 from inc_graph.quantization.pickling import refuse_pickling
-from inc_graph.quantization.precision import all_float, fit_precision
+from inc_graph.quantization.precision import all_float, fit_precision, nothing_done
 from inc_graph.quantization.predicates import bind_predicates, layers_of, operators_of
 from inc_graph.quantization.streaming import warn_unused
 from inc_graph.quantization.trial import why_refused
@@ -222,7 +222,7 @@ def _refuse_nothing(gm: fx.GraphModule) -> None:
     shown = "; ".join(reasons[:5]) or "it has no operator with float inputs and weights"
     if not any(is_float(n) for n in gm.graph.nodes):
         shown = "it computes on integers only"
-    raise ConfigError(f"nothing in this model can be quantized ({shown})", hint="see the reasons, or change the config")
+    raise ConfigError(f"{nothing_done(get_recipe(gm))} ({shown})", hint="see the reasons, or change the config")
 
 
 def convert(

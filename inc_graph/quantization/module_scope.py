@@ -32,7 +32,7 @@ from inc_graph.quantization.leaf import Leaf, form_of, is_layer, is_recurrent, u
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
-from inc_graph.quantization.precision import all_float
+from inc_graph.quantization.precision import all_float, nothing_done
 from inc_graph.quantization.served import Served
 from inc_graph.quantization.streaming import Source, checkpoint_for, fill_rest, filled, float_layer, held, stream
 from inc_graph.quantization.tied import keep_unpacked, share_codes, tied_layers
@@ -80,7 +80,7 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
         hint = "give example_inputs, so that functional operators are seen, or change the config"
         if isinstance(model, fx.GraphModule):
             hint = "give example_inputs, or the ExportedProgram itself: in a graph the operators are functions"
-        raise ConfigError(f"nothing in this model can be quantized ({reasons})", hint=hint)
+        raise ConfigError(f"{nothing_done(recipe)} ({reasons})", hint=hint)
     facts.floats += [
         OpLine(path, path, type(module).__name__, "only Linear, Conv and Embedding are quantized layer by layer")
         for path, module in model.named_modules()

@@ -11,7 +11,7 @@ from inc_graph.recipe import Recipe, WhereRule
 from inc_graph.registry import PASSES
 from inc_graph.utils.precision import forced, why_slow
 
-__all__ = ["all_float", "fit_precision"]
+__all__ = ["all_float", "fit_precision", "nothing_done"]
 
 _PASS = "mixed-precision"
 
@@ -39,6 +39,12 @@ def _fitted(rule: WhereRule, lacking: dict[str, str]) -> WhereRule:
     if rule.what is None or rule.what.half not in lacking:
         return rule
     return replace(rule, what=None, origin=rule.origin or f"the lack of instructions for {rule.what.half}")
+
+
+def nothing_done(recipe: Recipe) -> str:
+    """What an error says of a model in which the recipe finds nothing."""
+    done = "compute in half precision" if recipe.method == "mixed_precision" else "be quantized"
+    return f"nothing in this model can {done}"
 
 
 def all_float(recipe: Recipe) -> bool:
