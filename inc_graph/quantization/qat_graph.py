@@ -74,10 +74,8 @@ def prepare(
     gm = result.graph
     if not any(isinstance(m, FakeQuantizer) for m in gm.modules()):
         _, floats = read_graph(gm)
-        reasons = (
-            "; ".join(list(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats))[:5])
-            or "no operator that it speaks of has a format"
-        )
+        found = list(dict.fromkeys(f"{f.op}: {f.detail}" for f in floats))[:5]
+        reasons = "; ".join(found) or "no operator that it speaks of has a format"
         raise ConfigError(f"the mapping matches nothing that can be trained ({reasons})", hint="see the reasons")
     warn_prefixes(recipe, filter(None, (module_path(n) for n in gm.graph.nodes if pattern_of(n))), stacklevel=4)
     _share_buffers(gm, model)
