@@ -269,7 +269,7 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = prepare_qat(model, W8A8, example_inputs=(X,))
     with pytest.raises(ConfigError, match="prepared for training already"):
         prepare_qat(gm, W8A8)
-    with pytest.raises(CalibrationError, match="seen no training batch\n.*train it first"):
+    with pytest.raises(CalibrationError, match=r"seen no training batch\n.*train it first"):
         convert(gm)
     with pytest.raises(CalibrationError, match="the input has no range yet"):
         gm.eval()(X)
