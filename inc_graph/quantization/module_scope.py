@@ -46,6 +46,7 @@ __all__ = ["convert", "is_prepared", "look", "prepare", "undo"]
 
 _MARK = "_inc_module_scope"
 _NO_LAYER = "it has no Linear, Conv or Embedding"
+_NO_CALL = "the model was not called, nor a module in it that calls {} and all blocks behind it"
 _NOTE = "quantized layer by layer: operators outside Linear, Conv and Embedding modules were not looked at"
 
 
@@ -249,11 +250,11 @@ def undo(model: nn.Module) -> nn.Module:
 def _in_float(stopped: BlockInputs | None, found: dict[Leaf, list[str]]) -> list[str]:
     """A note if layers are rounded on what the float layers before them give."""
     asking = [leaf for leaf in found if grams(leaf)]
-    if not asking or (stopped is not None and not stopped.chain):
+    if not asking or (stopped is not None and stopped.chain == ""):
         return []
     note = "layers were rounded on their inputs in the float model"
     if stopped is not None:
-        note += f", not block by block: {stopped.chain}"
+        note += f", not block by block: {stopped.chain or _NO_CALL.format(stopped.paths[0])}"
     elif len(asking) > 1 or any(map(is_sequential, asking)):
         note += ": no list of several modules of one class, as the blocks of a language model, holds most of them"
     else:
