@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from inc_graph.aside import Aside, Kept, Waiting
+from inc_graph.aside import Aside, Waiting
 from inc_graph.gram import GramObserver
 from inc_graph.quantization.chain import Chain, Reads, copies, same, without_caches
 from inc_graph.quantization.finish import observers_of
@@ -125,10 +125,6 @@ class BlockInputs:
     def holds(self, paths: Iterable[str]) -> bool:
         """Whether a layer that stands at these paths is one of a block."""
         return any(path.startswith(f"{block}.") for path in paths for block in self.paths)
-
-    def hidden(self) -> Kept:
-        """What flows into the first block, of each call."""
-        return Kept([call.hidden for call in self.calls], self.aside)
 
     def keep(
         self, hidden: Any, name: str | None, rest: tuple[tuple[Any, ...], dict[str, Any]], whole: Any, entry: str
