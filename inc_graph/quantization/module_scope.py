@@ -34,7 +34,16 @@ from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.precision import all_float
 from inc_graph.quantization.served import Served
-from inc_graph.quantization.streaming import Source, checkpoint_for, fill_rest, filled, float_layer, held, stream
+from inc_graph.quantization.streaming import (
+    Filled,
+    Source,
+    checkpoint_for,
+    filled,
+    float_layer,
+    held,
+    read_rest,
+    stream,
+)
 from inc_graph.quantization.tied import keep_unpacked, share_codes, tied_layers
 from inc_graph.recipe import ONE_LAYER, Recipe, WhereRule, decide, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
@@ -59,6 +68,7 @@ class _Facts:
     bytes_before: int
     timings: Counter[str] = field(default_factory=Counter)
     flags: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # (module, attribute, value before)
+    rest: list[Filled] = field(default_factory=list)  # what was read from a checkpoint, outside of its layers
 
 
 def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "") -> nn.Module:
@@ -89,10 +99,12 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
         and module._parameters
         and not isinstance(module, nn.ParameterList | nn.ParameterDict)
     ]
+    if source is not None:
+        facts.rest = read_rest(model, source, [path for paths, new in plan if new is not None for path in paths])
     for paths, new in plan:
         model = put(model, paths, new)
-    if source is not None:
-        fill_rest(model, source, [path for paths in leaves(model).values() for path in paths])
+    for tensor in facts.rest:
+        tensor.put(tensor.value)
     facts.flags = call_every_layer(model)
     model.__dict__[_MARK] = facts
     one_batch_a_call(model)
@@ -241,6 +253,8 @@ def undo(model: nn.Module) -> nn.Module:
     absorbing.forget(model)
     for leaf, paths in leaves(model).items():
         model = put(model, paths, leaf.original)
+    for tensor in facts.rest:
+        tensor.put(tensor.empty)
     for module, name, value in facts.flags:
         setattr(module, name, value)
     return model
