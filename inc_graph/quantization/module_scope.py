@@ -29,6 +29,7 @@ from inc_graph.quantization.captures import Captures
 from inc_graph.quantization.finish import finish, no_data, observers_of, warn_of_weights
 from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, own_copy, put
 from inc_graph.quantization.leaf import Leaf, form_of, is_layer, is_recurrent, unfit
+from inc_graph.quantization.left_float import left_in_modules, warn_of_left
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
@@ -296,8 +297,10 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     with absorbing.absorbing(model, found, facts.recipe, again, inplace) as notes:
         if notes:
             _warn_of_folding(found, notes[0])
+        left = left_in_modules(model, found, facts.floats)
         made, report = _convert(model, found, facts, backend, inplace, notes)
     warn_of_weights(report)
+    warn_of_left(left, facts.recipe, report)
     return made
 
 
