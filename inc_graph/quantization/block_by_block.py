@@ -72,11 +72,13 @@ class BlockByBlock:
     floats: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
     twins: dict[Leaf, nn.Module] = field(init=False, default_factory=dict)
     early: list[Leaf] = field(init=False, default_factory=list)  # what is rounded before the first block
+    beside: list[Leaf] = field(init=False)  # of blocks, and data has reached them on another way, which is not used
     twice: list[str] = field(init=False, default_factory=list)  # blocks that do not run in lockstep
     buffers: Buffers = field(init=False)  # what the runs of blocks write to buffers is taken back
 
     def __post_init__(self) -> None:
         self._begin_with(self.inputs.calls)
+        self.beside = [leaf for leaf in self._in_blocks() if any(o.elements for o in grams(leaf))]
         self.buffers = Buffers(self.model)
 
     # --------------------------------------------------------------------------------------------------------- order
@@ -103,6 +105,9 @@ class BlockByBlock:
     def _inside(self, block: int | None) -> list[Leaf]:
         """The leaves of a block; of none, for None."""
         return [leaf for leaf in self.places if self._block_of(leaf) == block]
+
+    def _in_blocks(self) -> list[Leaf]:
+        return [leaf for leaf, paths in self.places.items() if self.inputs.holds(paths)]
 
     def _block_of(self, leaf: Leaf) -> int | None:
         for b, path in enumerate(self.inputs.paths):
@@ -152,6 +157,8 @@ class BlockByBlock:
         """It is over, well or not: everything is where it was."""
         self._leave()
         self.buffers.restore()
+        for observer in (o for leaf in self._in_blocks() for o in grams(leaf)):
+            observer.reset()
 
     def _leave(self) -> None:
         """Put everything back in its place, also in the middle of a block."""
@@ -236,7 +243,13 @@ class BlockByBlock:
 
     def notes(self) -> list[str]:
         """What the report has to say."""
-        return self._note_of_early() + self._note_of_twice()
+        return self._note_of_early() + self._note_of_beside() + self._note_of_twice()
+
+    def _note_of_beside(self) -> list[str]:
+        if not self.beside:
+            return []
+        what = f"{len(self.beside)} layers of blocks were called outside of calls of the model: {_shown(self.beside)}"
+        return [f"{what}; what they saw there was not used"]
 
     def _note_of_early(self) -> list[str]:
         early = [leaf for leaf in self.early if leaf in self.done and grams(leaf)]

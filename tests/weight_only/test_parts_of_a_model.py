@@ -78,6 +78,19 @@ def test_calls_of_the_model_and_of_its_part_are_one_row_of_batches() -> None:
     assert all(torch.equal(a[n], b[n]) for n in b if n.startswith("body"))
 
 
+def test_what_blocks_see_outside_of_calls_is_not_used_and_the_report_says_so() -> None:
+    prepared = prepare(made(Whole), GPTQConfig(group_size=16, bits=3))
+    for x in data():
+        prepared(x)
+        prepared.body.blocks[1](10 * x)
+    model = quietly(prepared)
+    a, b = weights(model), weights(through("whole"))
+    assert all(torch.equal(a[n], b[n]) for n in b)
+    notes = [n for n in model.report.notes if "not used" in n]
+    assert len(notes) == 1 and "3 layers" in notes[0] and "body.blocks.1.q" in notes[0]
+    assert not any("not used" in n for n in through("whole").report.notes)
+
+
 def test_a_copy_and_the_model_after_it_have_their_own_forwards() -> None:
     prepared = prepare(made(Whole), GPTQConfig(group_size=16, bits=3))
     other = copy.deepcopy(prepared)
