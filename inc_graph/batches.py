@@ -25,10 +25,15 @@ class Collector(Protocol):
 
 
 class Batch:
-    """What the observers of one model knew when the call that is running began."""
+    """What the observers of one model knew when the call that is running began.
+
+    Attributes:
+        open: A call is running.
+        calls: That went well before.
+    """
 
     def __init__(self) -> None:
-        self.open = False
+        self.open, self.calls = False, 0
         self._before: dict[int, tuple[Collector, Any]] = {}
 
     def note(self, collector: Collector) -> None:
@@ -51,6 +56,7 @@ class Batch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Batch:
         new = memo[id(self)] = Batch()  # a copy is not in the middle of a call
+        new.calls = self.calls
         return new
 
 
@@ -100,6 +106,7 @@ def _end(model: nn.Module, args: Any, result: Any) -> None:
     """Runs after a call that went well, and before `_fail`."""
     if (batch := _batch_of(model)) is not None:
         batch.end(True)
+        batch.calls += 1
 
 
 def _fail(model: nn.Module, args: Any, result: Any) -> None:

@@ -76,7 +76,9 @@ class GramObserver(nn.Module):
         if self.batch is not None:
             self.batch.note(self)
         if not bool(total.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # of a square no NaN and no infinity is lost
-            raise self._error("its input holds NaN or infinity, or is too large to be squared", "check that batch")
+            number = "" if self.batch is None or not self.batch.open else f"calibration call {self.batch.calls + 1}: "
+            text = f"{number}its input holds NaN or infinity, or is too large to be squared"
+            raise self._error(text, "check that batch")
         self.total, self.count, self.elements, self.known = total, count, elements, {}
 
     def _sum(self, total: Tensor | None, rows: Tensor) -> Tensor:

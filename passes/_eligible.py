@@ -95,17 +95,18 @@ class Facts:
         weight: Any = argument(node, pattern.weight)
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return "its weight is computed at run time, not a parameter"
+        its = "its weight" if weight.target == "weight" else f"its weight {weight.target}"
         if weight.target in self.mutated:
-            return f"its weight {weight.target} is a buffer that the model writes to"
+            return f"{its} is a buffer that the model writes to"
         tensor = get_tensor(self.gm, weight).detach()
         if tensor.is_meta:
-            return f"its weight {weight.target} is on the meta device and has no values"
+            return f"{its} is on the meta device and has no values"
         if tensor.dtype not in _WEIGHTS:
-            return f"its weight {weight.target} is {tensor.dtype}, not floating point of 16 bits or more"
+            return f"{its} is {tensor.dtype}, not floating point of 16 bits or more"
         if tensor.numel() == 0:
-            return f"its weight {weight.target} is empty"
+            return f"{its} is empty"
         if not all(map(torch.isfinite, torch.aminmax(tensor))):  # one pass over the memory, and NaN spreads
-            return f"its weight {weight.target} holds NaN or infinity"
+            return f"{its} holds NaN or infinity"
         if spec is None:
             return None
         try:
@@ -115,7 +116,7 @@ class Facts:
                 "set_local(name, config): another group_size, -1 for a whole channel, or dtype='fp32' to leave it float"
             )
             raise ConfigError(e.message, node=node, module=module_path(node), hint=hint) from e
-        return f"its weight {weight.target}: {reason}" if reason else None
+        return f"{its}: {reason}" if reason else None
 
 
 def useless(pattern: OpPattern, what: OpQuant) -> str | None:

@@ -146,6 +146,9 @@ def _anchor(node: fx.Node, pattern: OpPattern, state: _State) -> None:
 
 def _refused(node: fx.Node, reason: str) -> ConfigError:
     hint = "take it out of set_local, or leave it float with dtype='fp32'"
+    if "NaN" in reason:  # whatever rule would quantize it
+        where = repr(module_path(node) or node.name)
+        hint = f"repair the weight, or leave the layer float with set_local({where}, config) and dtype='fp32' in it"
     return ConfigError(f"this operator cannot be quantized: {reason}", node=node, module=module_path(node), hint=hint)
 
 

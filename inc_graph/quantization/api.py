@@ -29,6 +29,7 @@ from inc_graph.quantization.compute_dtype import ComputeDtype, ComputeDtypes, ch
 from inc_graph.quantization.finish import finish, no_data, observers_of, remember_buffers, warn_of_weights
 from inc_graph.quantization.kept_calls import keep_calls, kept_calls
 from inc_graph.quantization.layers import own_copy
+from inc_graph.quantization.left_float import left_in_graph, warn_of_left
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.no_effect import warn_no_effect
@@ -306,8 +307,10 @@ def convert(
                     model = own_copy(model)
                 made = converted(run_entries(model, plan, Mode.CONVERT), plan)
             elif level == "observed":
-                made = finish(cast(fx.GraphModule, model), backend)
+                graph_module = cast(fx.GraphModule, model)
+                made = finish(graph_module, backend)
                 warn_of_weights(made.report)
+                warn_of_left(left_in_graph(graph_module, made.report.floats), get_recipe(graph_module), made.report)
             else:
                 made = module_scope.convert(model, backend, inplace)
         choice.tell(made)

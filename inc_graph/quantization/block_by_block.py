@@ -34,6 +34,7 @@ from inc_graph.quantization.layer_groups import Apart, Group, Pause, input_of, t
 from inc_graph.quantization.layers import put
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.lockstep import Lockstep
+from inc_graph.quantization.prefix import calls_behind, rounded_before
 from inc_graph.quantization.streaming import give_back, is_streamed
 from inc_graph.quantization.tail import run_tail
 
@@ -58,6 +59,7 @@ class BlockByBlock:
     model: nn.Module
     inputs: BlockInputs
     places: dict[Leaf, list[str]]
+    calls: list[Call] = field(init=False)  # of the first block
     hidden: Kept = field(init=False)
     done: dict[Leaf, Leaf] = field(init=False, default_factory=dict)
     block: int = field(init=False, default=-1)
@@ -69,11 +71,14 @@ class BlockByBlock:
     fast: bool = field(init=False, default_factory=lambda: fast_dtype() == torch.bfloat16)
     floats: contextlib.ExitStack = field(init=False, default_factory=contextlib.ExitStack)
     twins: dict[Leaf, nn.Module] = field(init=False, default_factory=dict)
+    early: list[Leaf] = field(init=False, default_factory=list)  # what is rounded before the first block
+    beside: list[Leaf] = field(init=False)  # of blocks, and data has reached them on another way, which is not used
     twice: list[str] = field(init=False, default_factory=list)  # blocks that do not run in lockstep
     buffers: Buffers = field(init=False)  # what the runs of blocks write to buffers is taken back
 
     def __post_init__(self) -> None:
-        self.hidden = self.inputs.hidden()
+        self._begin_with(self.inputs.calls)
+        self.beside = [leaf for leaf in self._in_blocks() if any(o.elements for o in grams(leaf))]
         self.buffers = Buffers(self.model)
 
     # --------------------------------------------------------------------------------------------------------- order
@@ -81,7 +86,9 @@ class BlockByBlock:
         """All leaves: those before the blocks, those of one block after the other, those behind the blocks."""
         outside = self._inside(None)
         late = [leaf for leaf in outside if leaf.path in self.inputs.behind]
-        yield from (leaf for leaf in outside if leaf not in late)
+        self.early = [leaf for leaf in outside if leaf not in late]
+        yield from self.early
+        self._begin_with(calls_behind(self.model, self.inputs, self.places, self.done))
         for b in range(len(self.inputs.paths)):
             inside = self._inside(b)
             yield from (leaf for leaf in inside if not grams(leaf))  # rounded before any data runs
@@ -92,9 +99,15 @@ class BlockByBlock:
                 yield from (leaf for leaf in inside if grams(leaf) and leaf not in reached)
         yield from late
 
+    def _begin_with(self, calls: list[Call]) -> None:
+        self.calls, self.hidden = calls, Kept([call.hidden for call in calls], self.inputs.aside)
+
     def _inside(self, block: int | None) -> list[Leaf]:
         """The leaves of a block; of none, for None."""
         return [leaf for leaf in self.places if self._block_of(leaf) == block]
+
+    def _in_blocks(self) -> list[Leaf]:
+        return [leaf for leaf, paths in self.places.items() if self.inputs.holds(paths)]
 
     def _block_of(self, leaf: Leaf) -> int | None:
         for b, path in enumerate(self.inputs.paths):
@@ -144,6 +157,8 @@ class BlockByBlock:
         """It is over, well or not: everything is where it was."""
         self._leave()
         self.buffers.restore()
+        for observer in (o for leaf in self._in_blocks() for o in grams(leaf)):
+            observer.reset()
 
     def _leave(self) -> None:
         """Put everything back in its place, also in the middle of a block."""
@@ -166,7 +181,7 @@ class BlockByBlock:
             return
         self.groups = found
         self.twins = self.floats.enter_context(self._placed())
-        self.together = Lockstep(lambda i: self._run(self.hidden[i], self.inputs.calls[i]), len(self.hidden))
+        self.together = Lockstep(lambda i: self._run(self.hidden[i], self.calls[i]), len(self.hidden))
         for group in found:
             reads: dict[Any, Tensor] = {}  # call -> what it reads here
             for leaf in group.leaves:
@@ -228,6 +243,23 @@ class BlockByBlock:
 
     def notes(self) -> list[str]:
         """What the report has to say."""
+        return self._note_of_early() + self._note_of_beside() + self._note_of_twice()
+
+    def _note_of_beside(self) -> list[str]:
+        if not self.beside:
+            return []
+        what = f"{len(self.beside)} layers of blocks were called outside of calls of the model: {_shown(self.beside)}"
+        return [f"{what}; what they saw there was not used"]
+
+    def _note_of_early(self) -> list[str]:
+        early = [leaf for leaf in self.early if leaf in self.done and grams(leaf)]
+        if len(early) < 2:
+            return []
+        what = f"{len(early)} layers before or outside of the blocks at {self.inputs.paths[0]}, ..."
+        note = f"{what} were rounded on their inputs in the float model: {_shown(early)}"
+        return [f"{note}; true_sequential=True had no effect on them" if any(map(is_sequential, early)) else note]
+
+    def _note_of_twice(self) -> list[str]:
         if not self.twice:
             return []
         what = f"{len(self.twice)} of {len(self.inputs.paths)} blocks, from {self.twice[0]} on"
@@ -278,7 +310,7 @@ class BlockByBlock:
         with self._floats() as twins:
             for leaf in wanted:
                 twins[leaf].register_forward_pre_hook(hook(leaf), with_kwargs=True)
-            self._run(self.hidden[0], self.inputs.calls[0])
+            self._run(self.hidden[0], self.calls[0])
         return groups
 
     # ---------------------------------------------------------------------------------------------------------- runs
@@ -337,7 +369,7 @@ class BlockByBlock:
         with self._floats() as twins:
             hooks = [twins[leaf].register_forward_pre_hook(hook(leaf), with_kwargs=True) for leaf in wanted]
             try:
-                for i, call in enumerate(self.inputs.calls):
+                for i, call in enumerate(self.calls):
                     called.clear()
                     with contextlib.suppress(Stop):
                         self._run(self.hidden[i], call)
@@ -360,7 +392,7 @@ class BlockByBlock:
             if ends is not None and all(isinstance(x, Tensor) for x in ends):
                 self.hidden = Kept(ends, None)
                 return
-        for i, call in enumerate(self.inputs.calls):
+        for i, call in enumerate(self.calls):
             try:
                 with self._floats():
                     self.hidden[i] = self._run(self.hidden[i], call)
@@ -380,7 +412,8 @@ class BlockByBlock:
         while self.block < len(self.inputs.paths):
             self._advance()
             self.block += 1
-        run_tail(self.model, self.inputs, self.hidden, self.places, self.done)
+        with rounded_before(self.model, self.inputs, self.places, self.done):
+            run_tail(self.model, self.inputs, self.hidden, self.places, self.done)
 
     @contextlib.contextmanager
     def _floats(self) -> Iterator[dict[Leaf, nn.Module]]:
@@ -405,6 +438,10 @@ class BlockByBlock:
         finally:
             for leaf in twins:
                 put(self.model, self.places[leaf], leaf)
+
+
+def _shown(leaves: list[Leaf]) -> str:
+    return ", ".join(leaf.path for leaf in leaves[:3]) + (", ..." if len(leaves) > 3 else "")
 
 
 def is_sequential(leaf: Leaf) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from inc_graph.aside import Aside, Kept, Waiting
+from inc_graph.aside import Aside, Waiting
 from inc_graph.gram import GramObserver
 from inc_graph.quantization.chain import Chain, Reads, copies, same, without_caches
 from inc_graph.quantization.finish import observers_of
@@ -34,11 +34,13 @@ from inc_graph.quantization.streaming import is_streamed
 from inc_graph.quantization.without_values import Form, Stop, without_head, without_values
 
 __all__ = [
-    "BlockInputs", "Call", "NotComputed", "Stop", "block_inputs_of", "block_paths", "copies", "grams", "stop_at_blocks",
-    "undo", "without_caches",
+    "BlockInputs", "Call", "NotComputed", "Stop", "block_inputs_of", "block_paths", "copies", "grams",
+    "not_watching", "own_forward", "stop_at_blocks", "undo", "without_caches",
 ]  # fmt: skip
 
 _MARK = "_inc_block_inputs"
+_ENTRY = "_inc_entry"  # of a module that holds all blocks: (the model, its path)
+_OWN = "_inc_forward"  # of such a module: the forward in its __dict__, or None
 _ONE_AT_A_TIME = threading.RLock()  # a call changes what the blocks do
 
 
@@ -51,6 +53,7 @@ class Call:
         name: The keyword that it is passed by; None: it is the first argument.
         args, kwargs: The others.
         whole: (args, kwargs) of the model's call; they may wait in a file.
+        entry: Path of the module that was called: the model, "", or one in it that holds all of its blocks.
     """
 
     hidden: Tensor | Waiting
@@ -58,6 +61,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     whole: Any
+    entry: str = ""
 
     def run(self, block: nn.Module, hidden: Tensor) -> Any:
         """What a block makes of `hidden`. It gets copies, so it may write to what it is given."""
@@ -66,9 +70,11 @@ class Call:
             return block(hidden.clone(), *args, **kwargs)
         return block(*args, **{self.name: hidden.clone()}, **kwargs)
 
-    def whole_call(self) -> Any:
-        """(args, kwargs) of the model's call, which may be written to."""
-        return self.whole.get() if isinstance(self.whole, Waiting) else copies(self.whole)
+    def again(self, model: nn.Module, known: BlockInputs) -> Any:
+        """What the model's call gives, by its own forward."""
+        args, kwargs = self.whole.get() if isinstance(self.whole, Waiting) else copies(self.whole)
+        with known.runs():
+            return own_forward(model.get_submodule(self.entry))(*args, **kwargs)
 
 
 @dataclass
@@ -77,13 +83,15 @@ class BlockInputs:
 
     Attributes:
         paths: Of the blocks, in the order in which they run.
-        before, behind: Paths of the layers that are called before the blocks, and after the first of them.
+        before: Paths of the layers that are called before the blocks.
+        behind: Of those that are called after the first of them, outside of blocks, and have to see their inputs.
         calls: One for each call of the model.
         reads_all: What stands behind the blocks may read what each of them gives.
         chain: None until the first batch was seen; then "" or the reason why the blocks are none.
         forms: What each block gives.
         aside: Where what flows from block to block waits; None: in memory.
         closed: Calibration is over: calls run the whole model, and are not kept.
+        running: The threads in which a call runs.
     """
 
     paths: list[str]
@@ -95,6 +103,19 @@ class BlockInputs:
     forms: list[Form] = field(default_factory=list)
     aside: Aside | None = None
     closed: bool = False
+    running: set[int] = field(default_factory=set)
+
+    @contextlib.contextmanager
+    def runs(self) -> Iterator[None]:
+        """Within, what is called in the model is a part of the call that runs, and no call of its own."""
+        me = threading.get_ident()
+        outermost = me not in self.running
+        self.running.add(me)
+        try:
+            yield
+        finally:
+            if outermost:
+                self.running.discard(me)
 
     @property
     def wants_tail(self) -> bool:
@@ -105,18 +126,17 @@ class BlockInputs:
         """Whether a layer that stands at these paths is one of a block."""
         return any(path.startswith(f"{block}.") for path in paths for block in self.paths)
 
-    def hidden(self) -> Kept:
-        """What flows into the first block, of each call."""
-        return Kept([call.hidden for call in self.calls], self.aside)
-
-    def keep(self, hidden: Any, name: str | None, rest: tuple[tuple[Any, ...], dict[str, Any]], whole: Any) -> None:
+    def keep(
+        self, hidden: Any, name: str | None, rest: tuple[tuple[Any, ...], dict[str, Any]], whole: Any, entry: str
+    ) -> None:
         """One more call, of what is copied already. What is the same as in the call before is kept once."""
         if self.calls:
             before = self.calls[-1]
             rest = _shared(rest, (before.args, before.kwargs))
         if self.aside is not None:
-            hidden, whole = self.aside.put(hidden), self.aside.put(whole)
-        self.calls.append(Call(hidden, name, *rest, whole))
+            hidden = self.aside.put(hidden)
+            whole = whole if isinstance(whole, Waiting) else self.aside.put(whole)
+        self.calls.append(Call(hidden, name, *rest, whole, entry))
 
 
 def block_inputs_of(model: nn.Module) -> BlockInputs | None:
@@ -141,17 +161,35 @@ def stop_at_blocks(model: nn.Module, places: dict[Leaf, list[str]]) -> None:
                                               for p in asking[leaf]}) > 1]  # fmt: skip
     if shared:
         known.chain = f"layer {shared[0].path} does not belong to one block alone: it is also {asking[shared[0]][1]}"
-    model.__dict__["_inc_forward"] = model.__dict__.get("forward")
-    model.__dict__["forward"] = types.MethodType(_forward, model)
+    for path in _entries(model, found):
+        module = model.get_submodule(path)
+        module.__dict__[_ENTRY] = model, path
+        module.__dict__[_OWN] = module.__dict__.get("forward")
+        module.__dict__["forward"] = types.MethodType(_forward, module)
 
 
 def undo(model: nn.Module) -> None:
-    """The model's own forward again."""
-    if model.__dict__.pop(_MARK, None) is not None:
-        own = model.__dict__.pop("_inc_forward")
-        model.__dict__.pop("forward")
-        if own is not None:
-            model.__dict__["forward"] = own
+    """The own forward of the model again, and of what is in it."""
+    model.__dict__.pop(_MARK, None)
+    for module in model.modules():
+        if module.__dict__.pop(_ENTRY, None) is not None:
+            own = module.__dict__.pop(_OWN)
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.__dict__["forward"] = own
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a module has without this."""
+    own: Callable[..., Any] = module.__dict__[_OWN] or types.MethodType(type(module).forward, module)
+    return own
+
+
+def _entries(model: nn.Module, blocks: list[str]) -> list[str]:
+    """Paths of the model and of the modules in it that hold all blocks and can be called."""
+    parts = blocks[0].split(".")[:-1]
+    paths = [".".join(parts[:i]) for i in range(len(parts) + 1)]
+    return [path for path in paths if not path or not isinstance(model.get_submodule(path), nn.ModuleList)]
 
 
 def block_paths(model: nn.Module, asking: dict[Leaf, list[str]]) -> list[str] | None:
@@ -171,34 +209,61 @@ def block_paths(model: nn.Module, asking: dict[Leaf, list[str]]) -> list[str] | 
 
 # ---------------------------------------------------------------------------------------------------------- the calls
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    known: BlockInputs = self.__dict__[_MARK]
-    own = self.__dict__["_inc_forward"] or types.MethodType(type(self).forward, self)
-    if torch.compiler.is_compiling() or known.chain or known.closed:
+    own = own_forward(self)
+    if torch.compiler.is_compiling():
         return own(*args, **kwargs)
-    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
+    model, entry = self.__dict__[_ENTRY]
+    known: BlockInputs = model.__dict__[_MARK]
+    if known.chain or known.closed or threading.get_ident() in known.running:
+        return own(*args, **kwargs)
+    with _ONE_AT_A_TIME, known.runs():
+        if not _kept(model, self, known, entry, args, kwargs):
+            return own(*args, **kwargs)
+        if not entry:
+            leave_alone(self)
+            return NotComputed()
+        with not_watching(model):  # whoever calls a part of a model may want what it gives
+            return own(*args, **kwargs)
+
+
+def _kept(model: nn.Module, module: nn.Module, known: BlockInputs, entry: str, args: Any, kwargs: Any) -> bool:
+    """Keep a call of a module that holds all blocks. False if they are no chain in it, as `known.chain` says then."""
+    with torch.inference_mode(False), torch.no_grad():
         whole = copies((args, kwargs))
-        chain = _chain(self, known, own, whole)
+        chain = _chain(model, known, module, whole)
         why_not = chain.failed
         if why_not and known.chain is not None:
             why_not = f"in calibration batch {chain.batch}, {why_not}"
-        if not why_not:
-            assert chain.first is not None
-            if known.chain is None:
-                known.forms = chain.forms
-            known.chain = ""
-            known.before |= chain.before
-            known.behind |= chain.behind
-            known.reads_all |= chain.reads_all
-            known.keep(*chain.first, whole)
-            leave_alone(self)
-            return NotComputed()
-        if known.calls:
-            _in_float(self, known, own)
-        known.chain = why_not
-    return own(*args, **kwargs)
+        if why_not:
+            if known.calls:
+                _in_float(model, known)
+            known.chain = why_not
+            return False
+        assert chain.first is not None
+        if known.chain is None:
+            known.forms = chain.forms
+        known.chain = ""
+        known.before |= chain.before
+        known.behind |= chain.behind
+        known.reads_all |= chain.reads_all
+        known.keep(*chain.first, whole, entry)
+        return True
 
 
-def _chain(model: nn.Module, known: BlockInputs, own: Callable[..., Any], whole: Any) -> Chain:
+@contextlib.contextmanager
+def not_watching(model: nn.Module) -> Iterator[None]:
+    """Within, layers do not take in what they see."""
+    collecting = [(o, o.enabled) for o in grams(model)]
+    try:
+        for observer, _ in collecting:
+            observer.enabled = False
+        yield
+    finally:
+        for observer, enabled in collecting:
+            observer.enabled = enabled
+
+
+def _chain(model: nn.Module, known: BlockInputs, module: nn.Module, whole: Any) -> Chain:
     """Run one call, and see whether the blocks are a chain in it. Layers before the blocks take in what they see, and
     buffers are written to, once, as the user's call does it; nothing of a call that is no chain is left."""
     before = Buffers(model)
@@ -216,7 +281,7 @@ def _chain(model: nn.Module, known: BlockInputs, own: Callable[..., Any], whole:
             blocks = {i: model.get_submodule(path) for i, path in enumerate(known.paths)}
             try:
                 with without_values(blocks, known.forms, chain):
-                    _run(model, known, own, whole, chain, collecting)
+                    _run(model, known, module, whole, chain, collecting)
                 if not chain.unsure:
                     if chain.failed:
                         back()
@@ -226,7 +291,7 @@ def _chain(model: nn.Module, known: BlockInputs, own: Callable[..., Any], whole:
                     raise chain.fault from None
             back()
         chain = Chain(known.paths, len(known.calls) + 1, reads_all=bool(known.forms))
-        _run(model, known, own, whole, chain, collecting)
+        _run(model, known, module, whole, chain, collecting)
         chain.reads_all |= any(any(form.more) for form in chain.forms)
     except BaseException:
         back()
@@ -236,11 +301,9 @@ def _chain(model: nn.Module, known: BlockInputs, own: Callable[..., Any], whole:
     return chain
 
 
-def _run(
-    model: nn.Module, known: BlockInputs, own: Callable[..., Any], whole: Any, chain: Chain, collecting: Any
-) -> None:
-    """Let a chain see a call. An output head of a language model is not run: its result is the largest tensor there is,
-    and nobody asks for it. So what follows it may fail."""
+def _run(model: nn.Module, known: BlockInputs, module: nn.Module, whole: Any, chain: Chain, collecting: Any) -> None:
+    """Let a chain see a call of a module. An output head of a language model is not run: its result is the largest
+    tensor there is, and nobody asks for it. So what follows it may fail."""
     hooks = []
 
     def enter(i: int) -> Any:
@@ -254,11 +317,12 @@ def _run(
     def leave(i: int) -> Any:
         return lambda module, args, result: chain.leave(i, result)
 
-    def layer(block: bool) -> Any:
+    def layer(block: bool, collects: bool) -> Any:
         def hook(module: Any, args: Any) -> None:
-            chain.called(module, block)
+            if collects:
+                chain.called(module, block)
             if not block:
-                chain.note(module)
+                chain.note(module, collects)
 
         return hook
 
@@ -267,12 +331,11 @@ def _run(
         hooks.append(block.register_forward_pre_hook(enter(i), with_kwargs=True, prepend=True))
         hooks.append(block.register_forward_hook(leave(i)))
     for leaf, paths in leaves(model).items():
-        if grams(leaf):
-            hooks.append(leaf.register_forward_pre_hook(layer(known.holds(paths))))
+        hooks.append(leaf.register_forward_pre_hook(layer(known.holds(paths), bool(grams(leaf)))))
     try:
         args, kwargs = copies(whole)  # the model may write to what it is given
-        with contextlib.suppress(Stop), without_head(_head(model), chain), no_fakes_left(model), Reads(chain):
-            own(*args, **kwargs)
+        with contextlib.suppress(Stop), without_head(_head(module), chain), no_fakes_left(model), Reads(chain):
+            own_forward(module)(*args, **kwargs)
     except Exception:
         if not chain.at_head:
             raise
@@ -286,7 +349,7 @@ def _run(
         chain.why_not = f"layer {min(both)} is called before the blocks and behind them"
 
 
-def _in_float(model: nn.Module, known: BlockInputs, own: Callable[..., Any]) -> None:
+def _in_float(model: nn.Module, known: BlockInputs) -> None:
     """All calls that were kept run through the whole float model, where all layers take in what they see."""
     collecting = grams(model)
     states = [(o, o.snapshot()) for o in collecting]
@@ -295,8 +358,7 @@ def _in_float(model: nn.Module, known: BlockInputs, own: Callable[..., Any]) -> 
             observer.reset()
         with unseen(model):
             for call in known.calls:
-                args, kwargs = call.whole_call()
-                own(*args, **kwargs)
+                call.again(model, known)
     except BaseException:
         for observer, state in states:
             observer.restore(state)

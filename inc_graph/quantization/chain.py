@@ -45,7 +45,8 @@ class Chain:
         forms: What each block gives.
         reads_all: Something but the next block reads what a block gives that is not the last one.
         at_head: The output head was called behind the blocks.
-        before, behind: Paths of the layers that were called before the first block, and after it, outside of blocks.
+        before: Paths of the layers that were called before the first block.
+        behind: Of those that were called after it, outside of blocks, and have to see their inputs.
     """
 
     paths: list[str]
@@ -162,9 +163,12 @@ class Chain:
             )
             raise Stop(self.why_not)
 
-    def note(self, leaf: Leaf) -> None:
-        """A layer outside of the blocks is called."""
-        (self.before if self._at == 0 else self.behind).add(leaf.path)
+    def note(self, leaf: Leaf, collects: bool) -> None:
+        """A layer outside of the blocks is called; `collects`: it has to see its inputs."""
+        if self._at == 0:
+            self.before.add(leaf.path)
+        elif collects:
+            self.behind.add(leaf.path)
 
 
 _ORDER = "its blocks are not called one after the other, each once"

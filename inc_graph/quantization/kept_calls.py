@@ -186,10 +186,12 @@ def _called(
     names = list(gm.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
     if not watching or sorted([*names[: len(args)], *kwargs]) != sorted(names) or len(args) > len(names):
         return own(gm, *args, **kwargs)  # which says what is wrong with the arguments
-    for x in pytree.tree_leaves((args, kwargs)):
-        if isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()):
-            text = f"an input of this calibration call, of shape {list(x.shape)}, holds NaN"
-            raise CalibrationError(text, hint="check that batch")
+    for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+        for x in pytree.tree_leaves(value):
+            if isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()):
+                number = len(kept.calls) + kept.left_out + 1
+                text = f"calibration call {number}: input {name!r}, of shape {list(x.shape)}, holds NaN"
+                raise CalibrationError(text, hint="check that batch")
     kept.add(args, kwargs)
     try:
         if kept.bytes > LIMIT and kept.again:

@@ -29,12 +29,22 @@ from inc_graph.quantization.captures import Captures
 from inc_graph.quantization.finish import finish, no_data, observers_of, warn_of_weights
 from inc_graph.quantization.layers import call_every_layer, keep_report, leaves, own_copy, put
 from inc_graph.quantization.leaf import Leaf, form_of, is_layer, is_recurrent, unfit
+from inc_graph.quantization.left_float import left_in_modules, warn_of_left
 from inc_graph.quantization.model import QuantizedModel
 from inc_graph.quantization.names import warn_prefixes
 from inc_graph.quantization.pickling import refuse_pickling
 from inc_graph.quantization.precision import all_float, nothing_done
 from inc_graph.quantization.served import Served
-from inc_graph.quantization.streaming import Source, checkpoint_for, fill_rest, filled, float_layer, held, stream
+from inc_graph.quantization.streaming import (
+    Filled,
+    Source,
+    checkpoint_for,
+    filled,
+    float_layer,
+    held,
+    read_rest,
+    stream,
+)
 from inc_graph.quantization.tied import keep_unpacked, share_codes, tied_layers
 from inc_graph.recipe import ONE_LAYER, Recipe, WhereRule, decide, in_vain, set_recipe
 from inc_graph.report import OpLine, Report, attribute_bytes, read_graph
@@ -46,6 +56,7 @@ __all__ = ["convert", "is_prepared", "look", "prepare", "undo"]
 
 _MARK = "_inc_module_scope"
 _NO_LAYER = "it has no Linear, Conv or Embedding"
+_NO_CALL = "the model was not called, nor a module in it that calls {} and all blocks behind it"
 _NOTE = "quantized layer by layer: operators outside Linear, Conv and Embedding modules were not looked at"
 
 
@@ -58,6 +69,7 @@ class _Facts:
     bytes_before: int
     timings: Counter[str] = field(default_factory=Counter)
     flags: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # (module, attribute, value before)
+    rest: list[Filled] = field(default_factory=list)  # what was read from a checkpoint, outside of its layers
 
 
 def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "") -> nn.Module:
@@ -88,10 +100,12 @@ def prepare(model: nn.Module, recipe: Recipe, inplace: bool, model_path: str = "
         and module._parameters
         and not isinstance(module, nn.ParameterList | nn.ParameterDict)
     ]
+    if source is not None:
+        facts.rest = read_rest(model, source, [path for paths, new in plan if new is not None for path in paths])
     for paths, new in plan:
         model = put(model, paths, new)
-    if source is not None:
-        fill_rest(model, source, [path for paths in leaves(model).values() for path in paths])
+    for tensor in facts.rest:
+        tensor.put(tensor.value)
     facts.flags = call_every_layer(model)
     model.__dict__[_MARK] = facts
     one_batch_a_call(model)
@@ -240,6 +254,8 @@ def undo(model: nn.Module) -> nn.Module:
     absorbing.forget(model)
     for leaf, paths in leaves(model).items():
         model = put(model, paths, leaf.original)
+    for tensor in facts.rest:
+        tensor.put(tensor.empty)
     for module, name, value in facts.flags:
         setattr(module, name, value)
     return model
@@ -249,11 +265,11 @@ def undo(model: nn.Module) -> nn.Module:
 def _in_float(stopped: BlockInputs | None, found: dict[Leaf, list[str]]) -> list[str]:
     """A note if layers are rounded on what the float layers before them give."""
     asking = [leaf for leaf in found if grams(leaf)]
-    if not asking or (stopped is not None and not stopped.chain):
+    if not asking or (stopped is not None and stopped.chain == ""):
         return []
     note = "layers were rounded on their inputs in the float model"
     if stopped is not None:
-        note += f", not block by block: {stopped.chain}"
+        note += f", not block by block: {stopped.chain or _NO_CALL.format(stopped.paths[0])}"
     elif len(asking) > 1 or any(map(is_sequential, asking)):
         note += ": no list of several modules of one class, as the blocks of a language model, holds most of them"
     else:
@@ -281,8 +297,10 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     with absorbing.absorbing(model, found, facts.recipe, again, inplace) as notes:
         if notes:
             _warn_of_folding(found, notes[0])
+        left = left_in_modules(model, found, facts.floats)
         made, report = _convert(model, found, facts, backend, inplace, notes)
     warn_of_weights(report)
+    warn_of_left(left, facts.recipe, report)
     return made
 
 

@@ -24,19 +24,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from inc_graph.errors import CaptureError, ConfigError, IncWarning
 from inc_graph.quantization.base_config import BaseConfig
+from inc_graph.quantization.checkpoint_names import Made, made_by_transformers
 from inc_graph.quantization.layers import tensors_of
 from inc_graph.quantization.leaf import Leaf
 
 __all__ = [
     "Checkpoint",
+    "Filled",
     "Source",
     "checkpoint_for",
-    "fill_rest",
     "filled",
     "float_layer",
     "give_back",
     "held",
     "is_streamed",
+    "read_rest",
     "source_of",
     "stream",
     "warn_unused",
@@ -86,28 +88,38 @@ class Checkpoint:
             with _open(file) as tensors:
                 yield from ((name, file) for name in tensors.keys())
 
-    def name_of(self, names: list[str], prefix: str = "") -> str:
-        """The first of a tensor's names that is in the files; with or without `prefix`, as base models are saved."""
+    def made(self, names: list[str], prefix: str, table: Mapping[str, Made]) -> Made | None:
+        """How the first of a tensor's names that is known is made: as the table says, or of that name in the files,
+        with or without `prefix`, as base models are saved. None if nothing is there for any of them."""
+        for name in names:
+            if name in table:
+                return table[name]
         for name in names:
             for there in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
                 if there in self.files:
-                    return there
-        raise ConfigError(
-            f"model_path {str(self.folder)!r} has no tensor {names[0]!r}",
-            module=names[0].rpartition(".")[0],
-            hint="the checkpoint must be of this model",
-        )
+                    return Made(name, (("", there),))
+        return None
 
-    def read(self, name: str, like: Tensor) -> Tensor:
-        """The tensor, in the dtype of `like`. ConfigError if it has another shape."""
+    def read(self, made: Made, like: Tensor) -> Tensor:
+        """The values, in the dtype of `like`. ConfigError if they have another shape, or are codes."""
+        found = made.value(lambda name: self._tensor(name, like))
+        if found.shape != like.shape:
+            file = self.files[made.keys[0][1]].name
+            shapes = f"{list(found.shape)} in {file}, and {list(like.shape)} in the model"
+            raise ConfigError(f"tensor {made.name!r} has shape {shapes}", hint="the checkpoint must be of this model")
+        return found
+
+    def _tensor(self, name: str, like: Tensor) -> Tensor:
         try:
             with _open(self.files[name]) as tensors:
-                found = tensors.get_tensor(name)
+                found: Tensor = tensors.get_tensor(name)
         except (OSError, ValueError) as e:
             raise ConfigError(f"{self.files[name]}: tensor {name!r} cannot be read: {e}") from e
-        if found.shape != like.shape:
-            shapes = f"{list(found.shape)} in {self.files[name].name}, and {list(like.shape)} in the model"
-            raise ConfigError(f"tensor {name!r} has shape {shapes}", hint="the checkpoint must be of this model")
+        if like.is_floating_point() and not (found.is_floating_point() and found.itemsize > 1):
+            text = (
+                f"tensor {name!r} of {self.files[name].name} is of {found.dtype}: the checkpoint is quantized already"
+            )
+            raise ConfigError(text, hint="give one with float values")
         return found.to(like.dtype)
 
 
@@ -127,17 +139,20 @@ class Source:
     """Where the values of a model's empty parameters are."""
 
     checkpoint: Checkpoint
-    names: Mapping[int, str]  # id of a parameter -> name in the checkpoint
+    made: Mapping[int, Made]  # id of a parameter -> what it is made of
     filled: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, compare=False, repr=False)
-    """What was read for good, by `fill_rest` -> name in the checkpoint."""
+    """What was read for good, by `read_rest` -> name in the checkpoint."""
 
     def name_of(self, parameter: Tensor) -> str | None:
         """Name in the checkpoint of a parameter, be it empty still or filled; None if it is not from there."""
-        name: str | None = self.names.get(id(parameter)) if parameter.is_meta else self.filled.get(parameter)
-        return name
+        if not parameter.is_meta:
+            name: str | None = self.filled.get(parameter)
+            return name
+        made = self.made.get(id(parameter))
+        return None if made is None else made.name
 
     def value(self, empty: Tensor) -> Tensor:
-        return self.checkpoint.read(self.names[id(empty)], empty)
+        return self.checkpoint.read(self.made[id(empty)], empty)
 
 
 def checkpoint_for(model: nn.Module, model_path: str) -> Source | None:
@@ -164,8 +179,24 @@ def checkpoint_for(model: nn.Module, model_path: str) -> Source | None:
             hint="load the weights first, or give the config model_path, the folder of a checkpoint",
         )
     checkpoint = Checkpoint(Path(folder))
-    prefix = getattr(model, "base_model_prefix", "")
-    return Source(checkpoint, {key: checkpoint.name_of(names, prefix) for key, names in empty.items()})
+    prefix, table = getattr(model, "base_model_prefix", ""), made_by_transformers(model, checkpoint.files)
+    made = {key: checkpoint.made(names, prefix, table) for key, names in empty.items()}
+    if missing := [empty[key][0] for key, how in made.items() if how is None]:
+        raise _missing(checkpoint, missing, [how for how in made.values() if how is not None])
+    return Source(checkpoint, {key: how for key, how in made.items() if how is not None})
+
+
+def _missing(checkpoint: Checkpoint, missing: list[str], made: list[Made]) -> ConfigError:
+    """The error of a checkpoint without some of the values; says what it has instead."""
+    used = {key for how in made for _, key in how.keys}
+    others = [name for name in checkpoint.files if name not in used]
+    text = f"model_path {str(checkpoint.folder)!r} has no tensor {missing[0]!r}"
+    if len(missing) > 1:
+        text += f", and nothing for {len(missing) - 1} more of the model's parameters"
+    if others:
+        text += f"; it has {len(others)} that the model has no place for, such as {others[0]!r}"
+    hint = "the checkpoint must be of this model; if it can be loaded in another way, load it, and quantize that"
+    return ConfigError(text, module=missing[0].rpartition(".")[0], hint=hint)
 
 
 def warn_unused(model: nn.Module, config: BaseConfig, stacklevel: int) -> None:
@@ -194,19 +225,35 @@ def filled(module: nn.Module, source: Source | None) -> nn.Module:
     return new
 
 
-def fill_rest(model: nn.Module, source: Source, inside: list[str]) -> None:
-    """Read every empty tensor that is in no layer at the paths `inside`; shared ones once."""
+@dataclass(frozen=True)
+class Filled:
+    """A tensor of a model outside of the layers that are streamed, and what takes its place."""
+
+    owner: nn.Module
+    name: str
+    empty: Tensor
+    value: Tensor
+
+    def put(self, tensor: Tensor) -> None:
+        """Put one of the two in its place."""
+        table = self.owner._parameters if self.name in self.owner._parameters else self.owner._buffers
+        table[self.name] = tensor  # type: ignore[assignment]
+
+
+def read_rest(model: nn.Module, source: Source, inside: list[str]) -> list[Filled]:
+    """Read every empty tensor that is in no layer at the paths `inside`; shared ones once. The model is not changed."""
     known: dict[int, Tensor] = {}
-    for _, owner, name, tensor in list(tensors_of(model, inside)):
+    found = []
+    for _, owner, name, tensor in tensors_of(model, inside):
         if not tensor.is_meta:
             continue
         if id(tensor) not in known:
             value = source.value(tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
             known[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
-            source.filled[known[id(tensor)]] = source.names[id(tensor)]
-        table = owner._parameters if name in owner._parameters else owner._buffers
-        table[name] = known[id(tensor)]  # type: ignore[assignment]
+            source.filled[known[id(tensor)]] = source.made[id(tensor)].name
+        found.append(Filled(owner, name, tensor, known[id(tensor)]))
+    return found
 
 
 @dataclass

@@ -433,7 +433,7 @@ def test_written_buffers_are_never_quantized() -> None:
         return y
 
     gm = annotated(f, torch.randn(4, 4), state=torch.randn(4, 4), weight=torch.randn(4, 4))
-    assert "its weight weight is a buffer that the model writes to" in why_float(gm, "linear")
+    assert "its weight is a buffer that the model writes to" in why_float(gm, "linear")
     assert "input state is a buffer that the model writes to" in peek_meta(find(gm, "matmul")[0])["float"]
     assert not any(quant(n) for n in gm.graph.find_nodes(op="get_attr"))
 

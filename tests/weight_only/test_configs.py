@@ -165,8 +165,23 @@ def test_a_weight_that_is_not_finite(scope: str) -> None:
     model = made()
     model.fc2.weight.data[3, 5] = float("nan")
     example = {"example_inputs": INPUTS} if scope == "graph" else {}
-    with pytest.raises(ConfigError, match=r"(?s)NaN or infinity.*fc2"):
+    with pytest.raises(ConfigError, match=r"(?s)NaN or infinity.*fc2") as e:
         prepare(model, c.RTNConfig(group_size=GROUP), **example)
+    assert "weight weight" not in str(e.value) and str(e.value.hint).startswith("repair the weight")
+    config = c.RTNConfig(group_size=GROUP).set_local("fc2", c.RTNConfig(dtype="fp32"))
+    assert prepare(model, config, **example) is not None  # as the hint says
+
+
+def test_a_calibration_call_that_is_not_finite_is_named_by_its_number() -> None:
+    prepared = prepare(nn.Sequential(nn.Linear(16, 16)).eval(), c.GPTQConfig(group_size=GROUP))
+    for batch in torch.randn(2, 20, 16):
+        prepared(batch)
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(CalibrationError, match="calibration call 3: its input holds NaN or infinity"):
+            prepared(torch.full((2, 16), bad))
+    prepared(torch.randn(20, 16))  # what was refused does not count
+    with pytest.raises(CalibrationError, match="calibration call 4: "):
+        copy.deepcopy(prepared)(torch.full((2, 16), torch.nan))
 
 
 @SCOPES

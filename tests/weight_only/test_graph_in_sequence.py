@@ -313,7 +313,7 @@ def test_bad_data() -> None:
     prepared = prepared_graph(model)
     with pytest.raises(CalibrationError, match="seen no calibration data"):
         convert(prepared)
-    with pytest.raises(CalibrationError, match=r"an input of this calibration call, of shape \[24, 32\], holds NaN"):
+    with pytest.raises(CalibrationError, match=r"calibration call 1: input 'x', of shape \[24, 32\], holds NaN"):
         prepared(batches[0] * torch.nan)
     with pytest.raises(TypeError):
         prepared(batches[0], batches[0])
