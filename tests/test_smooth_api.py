@@ -207,6 +207,16 @@ def test_convolutions_layer_by_layer() -> None:
         assert float((q(x) - conv(x)).norm() / conv(x).norm()) < 0.05
 
 
+def test_layer_by_layer_a_setting_for_some_layers_warns_of_nothing() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)).eval()
+    config = SmoothQuantConfig(alpha=0.5).set_local("1", SmoothQuantConfig(alpha=0.9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IncWarning)
+        q = quantize(m, config, run)
+    assert [(line.by, line.alpha) for line in q.report.smoothing] == [("absorbed", 0.9), ("absorbed", 0.5)]
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 def test_without_calibration() -> None:
     prepared = prepare(model(), SmoothQuantConfig(), example_inputs=(data()[0],))
