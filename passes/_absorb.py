@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from inc_graph.graph import get_tensor, is_float, mutated_attrs
+from inc_graph.graph import get_tensor, is_float, mutated_attrs, val
 from inc_graph.oppattern import pattern_of
 from inc_graph.passes._channels import TUPLES, Tie, Way, places, readers, ways
 
@@ -70,6 +70,7 @@ class Producers:
 
     def __init__(self, gm: fx.GraphModule, copies: bool = True) -> None:
         self.gm, self.copies, self.mutated, self.steps = gm, copies, mutated_attrs(gm), 0
+        self.precision = 0.0
 
     def plan(self, value: fx.Node, wanted: dict[fx.Node, Tensor]) -> Plan | str:
         """A plan to scale `value` for some of its readers, or why there is none.
@@ -79,6 +80,7 @@ class Producers:
             wanted: Reader -> index of the same channels, see `_channels`.
         """
         self.steps = 0
+        self.precision = torch.finfo(val(value).dtype).eps
         if twice := next((r for r in wanted if places(r, value) > 1), None):
             return f"{twice.name} reads {value.name} in several places"
         return self._go({value: wanted}, Plan())
@@ -136,6 +138,10 @@ class Producers:
         tensor = get_tensor(self.gm, node)
         if tensor.is_meta or not tensor.is_floating_point():
             return f"{node.target} has no values"
+        if torch.finfo(tensor.dtype).eps > self.precision:
+            return f"{node.target} has less precision than the value"
+        if not tensor.ndim and any(index.numel() > 1 and val(r).dtype != tensor.dtype for r, index in wanted.items()):
+            return f"{node.target} is a number of another dtype, and would decide that of the result as a vector"
         return self._go(left, plan.plus((), [Edit(node, reader, index) for reader, index in wanted.items()]))
 
 

@@ -318,6 +318,50 @@ class Residual(nn.Module):
         return x + self.b(F.relu(self.a(x)))
 
 
+class Times(nn.Module):
+    """A norm, times a constant of some dtype and shape."""
+
+    def __init__(self, factor: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(16).to(dtype), nn.Linear(16, 4).to(dtype)
+        self.register_buffer("factor", factor)
+        with torch.no_grad():
+            self.norm.weight.copy_(outliers(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(x) * self.factor)
+
+
+SIXTEEN = torch.linspace(0.5, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("factor", "taker"),
+    [(torch.tensor(0.5), "mul"), (torch.tensor([0.5]), "mul"), (SIXTEEN, "mul"), (SIXTEEN[None].clone(), "mul"),
+     (torch.tensor(0.5).bfloat16(), "norm"), (torch.tensor(0.5).half(), "norm"), (torch.tensor(0.5).double(), "norm"),
+     (torch.tensor([0.5]).bfloat16(), "norm"), (SIXTEEN.bfloat16(), "norm")],
+)  # fmt: skip
+def test_a_constant_takes_a_scale_in_its_own_dtype(factor: Tensor, taker: str) -> None:
+    model = Times(factor)
+    gm = watched(model, X, recipe=plan(STRONG))
+    done, (line,) = smoothed(gm, X)
+    with torch.no_grad():
+        want, got = model(X), done(X)
+    assert got.dtype == want.dtype and (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert line.by == "absorbed" and line.takers == (taker,)
+
+
+@pytest.mark.parametrize(("dtype", "taker"), [(torch.float32, "norm"), (torch.bfloat16, "mul")])
+def test_a_number_in_a_model_of_less_precision(dtype: torch.dtype, taker: str) -> None:
+    """A float32 number leaves a bfloat16 value what it is; a float32 vector would not."""
+    x, model = X.bfloat16(), Times(torch.tensor(0.5, dtype=dtype), torch.bfloat16)
+    done, (line,) = smoothed(watched(model, x, recipe=plan(STRONG)), x)
+    with torch.no_grad():
+        want, got = model(x), done(x)
+    assert got.dtype == want.dtype and (got - want).abs().max() <= 0.05 * want.abs().max()
+    assert line.by == "absorbed" and line.takers == (taker,)
+
+
 def test_a_norm_that_is_read_elsewhere_is_copied() -> None:
     found = lines(Residual(), X)
     assert found["a"].by == "absorbed" and found["a"].takers == ("norm",) and "layer_norm" in found["a"].detail
