@@ -22,7 +22,7 @@ from inc_graph.channel_stats import ChannelObserver
 from inc_graph.graph import get_attr, inc_meta, peek_meta
 from inc_graph.quantization.block_inputs import block_paths
 from inc_graph.quantization.finish import observers_of
-from inc_graph.quantization.kinds_of_calls import forget_first_calls, keep_first_calls, kinds_of_calls
+from inc_graph.quantization.kinds_of_calls import forget_first_calls, keep_first_calls, was_called
 from inc_graph.quantization.layers import put
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.quantization.looking import Leaves, Look, block_of, looked_at, parameter_of, watcher
@@ -155,7 +155,7 @@ def _by_block(model: nn.Module, look: Look) -> dict[str, list[Absorbed]]:
     found: dict[str, list[Absorbed]] = {}
     for record in look.records:
         block = block_of(record.together[0])
-        known = block is not None and block not in record.together and kinds_of_calls(model.get_submodule(block))
+        known = block is not None and block not in record.together and was_called(model.get_submodule(block))
         found.setdefault(block if known else look.path, []).append(record)  # type: ignore[arg-type]
     return found
 

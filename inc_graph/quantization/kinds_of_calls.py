@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from inc_graph.quantization.block_inputs import copies, without_caches
 
-__all__ = ["first_call", "forget_first_calls", "keep_first_calls", "kinds_of_calls", "too_many_kinds"]
+__all__ = ["first_call", "forget_first_calls", "keep_first_calls", "kinds_of_calls", "too_many_kinds", "was_called"]
 
 _KEY = "_inc_first_call"
 _KINDS = 16
@@ -67,6 +67,11 @@ def kinds_of_calls(module: nn.Module) -> list[Call]:
 def first_call(module: nn.Module) -> Call | None:
     """The first of them; None before a call."""
     return next(iter(kinds_of_calls(module)), None)
+
+
+def was_called(module: nn.Module) -> bool:
+    """Whether a call is kept."""
+    return _KEY in module.__dict__
 
 
 def too_many_kinds(module: nn.Module) -> bool:

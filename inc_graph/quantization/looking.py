@@ -25,7 +25,7 @@ from inc_graph.graph import get_attr, inc_meta, module_path, peek_meta
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.block_inputs import block_paths
 from inc_graph.quantization.kept_calls import flat_inputs
-from inc_graph.quantization.kinds_of_calls import first_call
+from inc_graph.quantization.kinds_of_calls import first_call, was_called
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.recipe import Recipe, set_recipe
 from inc_graph.smoothing import ABSORBED, WHY, Absorbed, FoldingError
@@ -68,7 +68,7 @@ class Look:
 
 def looked_at(model: nn.Module, ready: Leaves, recipe: Recipe) -> tuple[list[Look], str]:
     """What was found, in the whole model or in its blocks, and why there is no more."""
-    if first_call(model) is None:
+    if not was_called(model):
         reason = "the model itself was not called in calibration"
     else:
         found = _look(model, "", ready, recipe)
@@ -77,7 +77,7 @@ def looked_at(model: nn.Module, ready: Leaves, recipe: Recipe) -> tuple[list[Loo
         reason = found
     looked = []
     for path in block_paths(model, ready) or []:
-        if first_call(model.get_submodule(path)) is not None:
+        if was_called(model.get_submodule(path)):
             found = _look(model, path, ready, recipe)
             if isinstance(found, Look):
                 looked.append(found)
