@@ -3,7 +3,8 @@
 From the value backwards, the last operator first: each one's inputs are scaled as `_channels.ways` says, until nothing
 but constants is left to scale. Where there are several ways (either factor of a product) they are tried one after the
 other. Whoever else reads a value on the way would see it scaled: then there is no way, unless it is a norm (or another
-product with a constant) that is cheap to compute twice, once scaled and once as it was.
+product with a constant) that is cheap to compute twice, once scaled and once as it was. A reader that wants one part of
+a value scaled sees the others as they were, or does not read them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from inc_graph.graph import get_tensor, is_float, mutated_attrs
+from inc_graph.graph import get_tensor, is_float, mutated_attrs, val
 from inc_graph.oppattern import pattern_of
-from inc_graph.passes._channels import TUPLES, Tie, Way, readers, ways
+from inc_graph.passes._channels import TUPLES, Tie, Way, places, readers, ways
 
 __all__ = ["Edit", "Plan", "Producers", "classes"]
 
@@ -69,6 +70,7 @@ class Producers:
 
     def __init__(self, gm: fx.GraphModule, copies: bool = True) -> None:
         self.gm, self.copies, self.mutated, self.steps = gm, copies, mutated_attrs(gm), 0
+        self.precision = 0.0
 
     def plan(self, value: fx.Node, wanted: dict[fx.Node, Tensor]) -> Plan | str:
         """A plan to scale `value` for some of its readers, or why there is none.
@@ -78,6 +80,9 @@ class Producers:
             wanted: Reader -> index of the same channels, see `_channels`.
         """
         self.steps = 0
+        self.precision = torch.finfo(val(value).dtype).eps
+        if twice := next((r for r in wanted if places(r, value) > 1), None):
+            return f"{twice.name} reads {value.name} in several places"
         return self._go({value: wanted}, Plan())
 
     def _go(self, demands: Demands, plan: Plan) -> Plan | str:
@@ -95,7 +100,10 @@ class Producers:
         if merged is None:
             return f"{node.name} is read in ways that do not fit together"
         index, ties = merged
-        others = [r for r, at in readers(node) if r not in wanted and not _apart(index, at)]
+        reads = dict(readers(node))
+        others = [r for r, at in reads.items() if r not in wanted and not _apart(index, at)]
+        if (spoiled := next((r for r, own in wanted.items() if _spoils(index, own, reads.get(r))), None)) is not None:
+            return f"{spoiled.name} reads a part of {node.name} that is scaled for others"
         if node.op != "call_function":
             return f"{node.name} is an input of the model"
         found = ways(node, index)
@@ -109,12 +117,16 @@ class Producers:
         for way in found:
             new = {k: dict(v) for k, v in left.items()}
             bad = next((v for v, _ in way.inputs if not is_float(v) and v.target not in TUPLES), None)
-            for source, inner in way.inputs:
+            asked = _asked(way)
+            if bad is not None or asked is None:
+                failure = failure or (f"{bad.name} is not floating point" if bad is not None else _apart_in(node))
+                continue
+            for source, (inner, _) in asked.items():
                 new.setdefault(source, {})[node] = inner
-            larger = plan.plus([*ties, *way.ties])
+            larger = plan.plus([*ties, *way.ties, *(tie for _, own in asked.values() for tie in own)])
             if others:
                 larger.copies[node] = list(wanted)
-            result = self._go(new, larger) if bad is None else f"{bad.name} is not floating point"
+            result = self._go(new, larger)
             if isinstance(result, Plan):
                 return result
             failure = failure or result
@@ -126,6 +138,10 @@ class Producers:
         tensor = get_tensor(self.gm, node)
         if tensor.is_meta or not tensor.is_floating_point():
             return f"{node.target} has no values"
+        if torch.finfo(tensor.dtype).eps > self.precision:
+            return f"{node.target} has less precision than the value"
+        if not tensor.ndim and any(index.numel() > 1 and val(r).dtype != tensor.dtype for r, index in wanted.items()):
+            return f"{node.target} is a number of another dtype, and would decide that of the result as a vector"
         return self._go(left, plan.plus((), [Edit(node, reader, index) for reader, index in wanted.items()]))
 
 
@@ -140,6 +156,33 @@ def _merged(indices: list[Tensor]) -> tuple[Tensor, list[Tie]] | None:
         ties += [(a[both], b[both])] if bool((a[both] != b[both]).any()) else []
         found = torch.where(a >= 0, a, b)
     return found, ties
+
+
+def _asked(way: Way) -> dict[fx.Node, tuple[Tensor, list[Tie]]] | None:
+    """{value: the index that an operator wants it scaled by, in all of its places; what has to be equal for that}. None
+    if one place wants what another one must not have."""
+    found: dict[fx.Node, list[Tensor]] = {}
+    for source, index in way.inputs:
+        found.setdefault(source, []).append(index)
+    asked = {source: _merged(indices) for source, indices in found.items()}
+    if any(m is None or any(_spoils(m[0], own, None) for own in found[source]) for source, m in asked.items()):
+        return None
+    return {source: m for source, m in asked.items() if m is not None}
+
+
+def _apart_in(node: fx.Node) -> str:
+    return f"{node.name} reads one value in several places, which cannot be scaled alike"
+
+
+def _spoils(index: Tensor, own: Tensor, positions: Tensor | None) -> bool:
+    """Whether a reader that wants `own` gets something scaled by `index` that it wants as it is. `positions`: those
+    that it reads; None: all."""
+    a, b = torch.broadcast_tensors(index, own)
+    clash = (a >= 0) & (b < 0)
+    if positions is not None and bool(clash.any()):
+        clash, at = torch.broadcast_tensors(clash, positions.expand([max(n, 1) for n in positions.shape]))
+        clash = clash & at
+    return bool(clash.any())
 
 
 def _apart(index: Tensor, positions: Tensor | None) -> bool:

@@ -78,26 +78,30 @@ def _records(group: Group, factors: dict[str, Tensor]) -> Iterator[Absorbed]:
 
 
 # --------------------------------------------------------------------------------------------------------- parameters
+_Place = tuple[fx.Node, fx.Node]
+
+
 @dataclass
 class _Constant:
-    """A constant; for each reader what it is to be multiplied by there, and a key that tells factors apart."""
+    """A constant; for each place where it is read (reader, node of the constant) what it is to be multiplied by there,
+    and a key that tells factors apart."""
 
     target: str
     size: torch.Size
-    factors: dict[fx.Node, Tensor] = field(default_factory=dict)
-    keys: dict[fx.Node, Any] = field(default_factory=dict)
+    factors: dict[_Place, Tensor] = field(default_factory=dict)
+    keys: dict[_Place, Any] = field(default_factory=dict)
 
 
-def _readers(gm: fx.GraphModule) -> dict[Any, set[fx.Node]]:
+def _readers(gm: fx.GraphModule) -> dict[Any, set[_Place]]:
     """All that read each constant, under whatever name."""
-    found: dict[Any, set[fx.Node]] = {}
+    found: dict[Any, set[_Place]] = {}
     for read in gm.graph.find_nodes(op="get_attr"):
         if isinstance(read.meta.get("val"), Tensor):
-            found.setdefault(view_key(get_tensor(gm, read)), set()).update(read.users)
+            found.setdefault(view_key(get_tensor(gm, read)), set()).update((user, read) for user in read.users)
     return found
 
 
-def _factors(gm: fx.GraphModule, group: Group, readers: dict[Any, set[fx.Node]]) -> dict[str, Tensor] | str:
+def _factors(gm: fx.GraphModule, group: Group, readers: dict[Any, set[_Place]]) -> dict[str, Tensor] | str:
     """{name of a constant: what it is to be multiplied by}, or why one constant would have to be two."""
     scale = group.scale
     assert scale is not None
@@ -107,9 +111,10 @@ def _factors(gm: fx.GraphModule, group: Group, readers: dict[Any, set[fx.Node]])
     def note(reader: fx.Node, read: fx.Node, index: Tensor, of: Callable[[Tensor], Tensor], key: str) -> None:
         tensor = get_tensor(gm, read)
         known = constants.setdefault(view_key(tensor), _Constant(str(read.target), tensor.shape))
-        known.factors[reader] = known.factors.get(reader, torch.ones(())) * of(wide)[index]
+        place = (reader, read)
+        known.factors[place] = known.factors.get(place, torch.ones(())) * of(wide)[index]
         which = (key, tuple(index.shape), index.contiguous().numpy().tobytes())
-        known.keys[reader] = (*known.keys.get(reader, ()), which)
+        known.keys[place] = (*known.keys.get(place, ()), which)
 
     for site in group.sites:
         for layer in site.layers:

@@ -46,6 +46,7 @@ class RandomModel(nn.Module):
         linears = [i for i, m in enumerate(self.layers) if isinstance(m, nn.Linear) and m.in_features == WIDTH]
         if name == "again" and linears:
             return rng.choice(linears)
+        wide = name in ("cat_twice", "stack_twice")
         make: dict[str, Callable[[], nn.Module]] = {
             "cat": lambda: nn.Linear(2 * WIDTH, WIDTH),
             "pool": lambda: nn.Linear(CHANNELS, WIDTH),
@@ -53,6 +54,9 @@ class RandomModel(nn.Module):
             "conv_bn": lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)),
             "norm": lambda: nn.LayerNorm(WIDTH),
             "embed": lambda: nn.Embedding(WIDTH, WIDTH),
+            **dict.fromkeys(
+                TWICE, lambda: nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH * (1 + wide), WIDTH)])
+            ),
         }
         layer = make.get(name, lambda: nn.Linear(WIDTH, WIDTH, bias=rng.random() < 0.7))()
         if name == "tied" and linears:
@@ -108,6 +112,22 @@ class RandomModel(nn.Module):
                 vectors.append(x + self.state)
             elif name == "embed":
                 vectors.append(module(x.argmax(1)) + y)
+            elif name in TWICE:
+                z, last = module[0](x), module[1]
+                if name == "cat_twice":
+                    vectors.append(last(torch.cat([z, z], 1)))
+                elif name == "stack_twice":
+                    vectors.append(last(torch.stack([z, z], 2).flatten(1)))
+                elif name == "add_twice":
+                    vectors.append(last(torch.add(z, z, alpha=0.5)))
+                elif name == "glu_twice":
+                    vectors.append(last(F.glu(torch.cat([z, z], 1), 1)))
+                elif name == "matmul_twice":
+                    z = z[:, None].expand(-1, WIDTH, WIDTH)
+                    vectors.append(last(z @ z).mean(1) + y)
+                elif name == "attend_twice":
+                    z = torch.stack([z, module[0](y)], 1)
+                    vectors.append(last(F.scaled_dot_product_attention(z, z, z)).mean(1))
             elif name == "dropout":
                 vectors.append(F.dropout(x, 0.5, self.training) + x.detach())
         return {"vector": vectors[-1], "image": images[-1]}
@@ -123,3 +143,7 @@ KINDS = (
     "linear", "again", "tied", "norm", "relu_", "inplace_view", "residual", "cat", "split", "view", "pool", "conv",
     "conv_bn", "max_pool", "no_grad", "enable_grad", "autocast", "buffer", "embed", "dropout",
 )  # fmt: skip
+
+
+TWICE = ("cat_twice", "stack_twice", "add_twice", "glu_twice", "matmul_twice", "attend_twice")
+"""Steps, to be asked for by `kinds`, with an operator that reads one value in several places, between two layers."""

@@ -20,6 +20,7 @@ from inc_graph.quantization import (
     SmoothQuantConfig,
     StaticQuantConfig,
     convert,
+    kinds_of_calls,
     load,
     module_scope,
     prepare,
@@ -346,6 +347,103 @@ def test_what_may_not_be_scaled_is_multiplied(kind: Any, layer: str, why: str) -
         assert error(q, model, many) < 1e-5  # the other one, which is float
     if kind is Shown:
         assert any(why in note for note in q.report.notes)
+
+
+class Ways(nn.Module):
+    """A block that adds the norm's value where `when` says so of its input."""
+
+    def __init__(self, when: Any) -> None:
+        super().__init__()
+        self.norm, self.a, self.b, self.when = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16), when
+        with torch.no_grad():
+            self.norm.weight.copy_(outliers(16))
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        y = self.norm(x)
+        z = x + self.b(F.relu(self.a(y)))
+        return z + y if self.when(x, more) else z
+
+
+class Row(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, more=more)
+        return x
+
+
+def never(x: Tensor, more: bool) -> bool:
+    return False
+
+
+WAYS: dict[str, tuple[Any, list[Any]]] = {
+    "a step": (lambda x, more: x.shape[1] == 1, [(X, False), (X[:, :1], False)]),
+    "a step first": (lambda x, more: x.shape[1] == 1, [(X[:, :1], False), (X, False)]),
+    "a step that was not seen": (lambda x, more: x.shape[1] == 1, [(X, False), (X[:, :1], None)]),
+    "a sample that was not seen": (lambda x, more: len(x) == 1, [(X, False), (X[:1], None)]),
+    "many steps": (lambda x, more: x.shape[1] > 3, [(X[:, :3], False), (X[:, :2], False), (X, False)]),
+    "a flag": (lambda x, more: more, [(X, False), (X, True)]),
+    "a dtype": (lambda x, more: x.dtype is torch.float64, [(X, False)]),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_block_that_takes_another_way_in_another_call(name: str) -> None:
+    when, calls = WAYS[name]
+    torch.manual_seed(0)
+    model = Row(Ways(never), Ways(when)).eval()
+
+    def calibrate(m: nn.Module) -> None:
+        for x, more in calls:
+            if more is not None:
+                m(x, more=more)
+
+    with torch.no_grad():
+        q = quantize(copy.deepcopy(model), SMOOTH, calibrate)
+        for x, more in calls:
+            want, got = model(x, more=bool(more)), q(x, more=bool(more))
+            assert (got - want).norm() < 0.1 * want.norm()
+    found = lines(q)
+    assert found["layers.0.a"].by == found["layers.0.b"].by == "absorbed"
+    if name == "a dtype":  # which no call has
+        assert found["layers.1.a"].by == found["layers.1.b"].by == "absorbed"
+        return
+    line = found["layers.1.a"]
+    assert line.by == "multiplied"
+    assert "the results of layers.1 would be others, for inputs of sizes" in line.detail or "read by" in line.detail
+    if len(calls) > 1 and name != "many steps" and "first" not in name:
+        assert any("the results of layers.1 would be others" in note for note in q.report.notes)
+
+
+def test_more_kinds_of_calls_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds_of_calls, "_KINDS", 2)
+    torch.manual_seed(0)
+    model = Row(Ways(never), Ways(never)).eval()
+
+    def calibrate(m: nn.Module) -> None:
+        for x in (X, X[:1], X[:, :1]):
+            m(x)
+
+    line = lines(quantize(model, SMOOTH, calibrate))["layers.1.a"]
+    assert line.by == "multiplied" and "called in more ways than were kept" in line.detail
+
+
+def test_trying_a_model_leaves_its_buffers() -> None:
+    class Counting(Ways):
+        def __init__(self) -> None:
+            super().__init__(never)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor, more: bool = False) -> Tensor:
+            self.calls += 1
+            return super().forward(x, more)
+
+    model = Row(Counting(), Counting()).eval()
+    q = quantize(model, SMOOTH, lambda m: [m(X), m(X[:2])])
+    assert lines(q)["layers.0.a"].by == "absorbed" and float(q.layers[0].calls) == 2
 
 
 def test_batch_norms_behind_a_convolution() -> None:

@@ -207,6 +207,16 @@ def test_convolutions_layer_by_layer() -> None:
         assert float((q(x) - conv(x)).norm() / conv(x).norm()) < 0.05
 
 
+def test_layer_by_layer_a_setting_for_some_layers_warns_of_nothing() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)).eval()
+    config = SmoothQuantConfig(alpha=0.5).set_local("1", SmoothQuantConfig(alpha=0.9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IncWarning)
+        q = quantize(m, config, run)
+    assert [(line.by, line.alpha) for line in q.report.smoothing] == [("absorbed", 0.9), ("absorbed", 0.5)]
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 def test_without_calibration() -> None:
     prepared = prepare(model(), SmoothQuantConfig(), example_inputs=(data()[0],))
@@ -228,12 +238,31 @@ def test_options_of_the_search_out_of_range() -> None:
                        ({"shared_criterion": "most"}, "'shared_criterion' is one of")):  # fmt: skip
         with pytest.raises(ConfigError, match=f"auto_alpha_args must .* dictionary whose {what}"):
             SmoothQuantConfig(alpha="auto", auto_alpha_args=args)
-    m = model()
-    before = {k: v.clone() for k, v in m.state_dict().items()}
-    with pytest.raises(ConfigError, match=r"no alpha from 0\.8 to 0\.2"):
-        args = {"alpha_min": 0.8, "alpha_max": 0.2}
-        prepare(m, SmoothQuantConfig(alpha="auto", auto_alpha_args=args), example_inputs=(data()[0],))
-    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+
+
+@pytest.mark.parametrize("alpha", ["auto", 0.5])
+def test_a_range_without_an_alpha(alpha: Any) -> None:
+    inner = r"auto_alpha_args\['alpha_min'\] 0\.8 is above "
+    for values, message in (
+        ({"alpha_min": 0.8, "alpha_max": 0.2}, r"alpha_min 0\.8 is above alpha_max 0\.2"),
+        ({"auto_alpha_args": {"alpha_min": 0.8, "alpha_max": 0.2}}, rf"{inner}auto_alpha_args\['alpha_max'\] 0\.2"),
+        ({"alpha_max": 0.3, "auto_alpha_args": {"alpha_min": 0.8}}, rf"{inner}alpha_max 0\.3"),
+        ({"auto_alpha_args": {"alpha_min": [0.1, 0.8], "alpha_max": 0.5}}, rf"{inner}auto_alpha_args"),
+        ({"auto_alpha_args": [{"n_samples": 4}, {"alpha_min": 0.8, "alpha_max": 0.5}]}, rf"{inner}auto_alpha_args"),
+    ):
+        with pytest.raises(ConfigError, match=rf"SmoothQuantConfig\.{message}"):
+            SmoothQuantConfig(alpha=alpha, **values)
+    assert SmoothQuantConfig(alpha=alpha, alpha_min=0.8, auto_alpha_args={"alpha_min": 0.1, "alpha_max": 0.5})
+    config = SmoothQuantConfig(alpha=alpha, alpha_max=0.5)
+    config.alpha_min = 0.8  # on the way to another range
+    for example_inputs in ((data()[0],), None):
+        m = model()
+        before = {k: v.clone() for k, v in m.state_dict().items()}
+        with pytest.raises(ConfigError, match=r"SmoothQuantConfig\.alpha_min 0\.8 is above alpha_max 0\.5"):
+            prepare(m, config, example_inputs=example_inputs)
+        assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+    config.alpha_max = 0.9
+    prepare(model(), config)
 
 
 def test_a_norm_without_a_weight_is_named() -> None:

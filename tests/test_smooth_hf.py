@@ -21,7 +21,7 @@ from inc_graph.quantization.smoothing import smooth_first
 from inc_graph.recipe import set_recipe
 from inc_graph.smooth_report import Smoothed, smooth_lines
 from inc_graph.smoothing import Smoothing
-from tests.graph_generator import RandomModel
+from tests.graph_generator import KINDS, TWICE, RandomModel
 from tests.passes.pipelines import captured
 from tests.passes.pipelines import run as pipeline
 from tests.smooth_models import PREPARE, outliers, plan
@@ -149,10 +149,21 @@ def test_converted(kind: Any) -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0, 1), st.booleans(), st.booleans())
 def test_the_float_function_stays(seed: int, alpha: float, folding: bool, sharing: bool) -> None:
-    model = RandomModel(seed).eval()
+    stays(RandomModel(seed), RandomModel(seed), Smoothing(round(alpha, 3), folding, sharing))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 1), st.booleans())
+def test_nor_where_an_operator_reads_a_value_twice(seed: int, alpha: float, folding: bool) -> None:
+    model, again = (RandomModel(seed, 4, (*KINDS, *4 * TWICE)) for _ in range(2))
+    stays(model, again, Smoothing(round(alpha, 3), folding))
+
+
+def stays(model: RandomModel, again: RandomModel, how: Smoothing) -> None:
+    """`again`: the same model, whose buffers are not written to yet."""
     args, kwargs = model.inputs()
     gm = captured(model, *args, **kwargs)
-    set_recipe(gm, plan(Smoothing(round(alpha, 3), folding, sharing)))
+    set_recipe(gm, plan(how))
     gm = pipeline(gm, PREPARE).graph
     remember_buffers(gm)
     with torch.no_grad():
@@ -160,6 +171,6 @@ def test_the_float_function_stays(seed: int, alpha: float, folding: bool, sharin
         fresh = _fresh(gm)  # its buffers are as they were before
         fresh.meta[CALLS] = Recalls([[*args, *kwargs.values()]])
         got = pipeline(fresh, "smooth-quant").graph(*args, **kwargs)
-        want = RandomModel(seed).eval()(*args, **kwargs)
+        want = again(*args, **kwargs)
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp(min=1e-3), name

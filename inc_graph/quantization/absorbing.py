@@ -3,8 +3,9 @@
 A layer by itself knows nobody who could; the model, exported to look at it (see `looking`), shows who can. What is
 found is done to the parameters of the model: the weights of norms, the rows and columns of layers; layers get their
 small graphs anew, with what they have seen divided by the scale. Inputs that nobody takes the scale of are multiplied,
-as they are without an export. Then the model is run on its first call once more: if its results are not what they were,
-nothing is done after all.
+as they are without an export. An export shows one way through the model. So each block, and the model, is run before
+and after on one calibration call of each kind, and on what one step or one sample of it would be: where its results are
+not what they were, nothing is scaled after all.
 """
 
 from __future__ import annotations
@@ -16,23 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from inc_graph.channel_stats import ChannelObserver
 from inc_graph.graph import get_attr, inc_meta, peek_meta
 from inc_graph.quantization.block_inputs import block_paths
 from inc_graph.quantization.finish import observers_of
-from inc_graph.quantization.first_call import first_call, forget_first_calls, keep_first_calls
+from inc_graph.quantization.kinds_of_calls import forget_first_calls, keep_first_calls, was_called
 from inc_graph.quantization.layers import put
 from inc_graph.quantization.leaf import Leaf
-from inc_graph.quantization.looking import Leaves, Look, looked_at, parameter_of, watcher
+from inc_graph.quantization.looking import Leaves, Look, block_of, looked_at, parameter_of, watcher
+from inc_graph.quantization.tried_calls import Tried
 from inc_graph.recipe import Recipe
 from inc_graph.smoothing import Absorbed
 
 __all__ = ["absorbing", "forget", "watch"]
-
-_APART = {torch.float32: 1e-4, torch.float64: 1e-6}  # of what rounding moves; other dtypes are coarser
-_COARSE = 5e-2
 
 
 def watch(model: nn.Module, found: Leaves) -> None:
@@ -101,16 +99,29 @@ def _absorb(
         looked, reason = looked_at(model, ready, recipe)
         lines: dict[str, Absorbed] = {}
         why: dict[str, str] = {}
+        others: list[str] = []
         for one in looked:
-            own = _Changes()
-            text = _apply(model, one, own)
+            whole, done = _Changes(), Tried(model.get_submodule(one.path), one.path)
+            for path, records in _by_block(model, one).items():
+                done.start()
+                own, tried = _Changes(), Tried(model.get_submodule(path), path)
+                text = _apply(model, one, records, tried if path != one.path and tried.start() else done, own)
+                if text is None:
+                    whole.parameters += own.parameters
+                else:
+                    own.undo()
+                    others.append(text)
+                    one.drop_all(records, text)
+            text = done.differs() if whole.parameters else None
             if text is None:
-                changes.parameters += own.parameters
+                changes.parameters += whole.parameters
                 lines.update({name: r for r in one.records for name in r.layers})
             else:
-                own.undo()
-                reason = reason or text
+                whole.undo()
+                others.append(text)
+                one.drop_all(one.records, text)
             why.update(one.why)
+    notes += [f"where others read a value inputs are multiplied: {text}" for text in dict.fromkeys(others)]
     if reason:
         notes.append(f"where nobody was found to take scales in, inputs are multiplied: {reason}")
     touched = {id(owner) for owner, _, _ in changes.parameters}
@@ -139,7 +150,17 @@ def _originals(model: nn.Module, found: Leaves) -> Iterator[None]:
 
 
 # -------------------------------------------------------------------------------------------------------- doing it
-def _apply(model: nn.Module, look: Look, changes: _Changes) -> str | None:
+def _by_block(model: nn.Module, look: Look) -> dict[str, list[Absorbed]]:
+    """The scales of each block that calls are known of; under the path of what was looked at those of others."""
+    found: dict[str, list[Absorbed]] = {}
+    for record in look.records:
+        block = block_of(record.together[0])
+        known = block is not None and block not in record.together and was_called(model.get_submodule(block))
+        found.setdefault(block if known else look.path, []).append(record)  # type: ignore[arg-type]
+    return found
+
+
+def _apply(model: nn.Module, look: Look, records: list[Absorbed], tried: Tried, changes: _Changes) -> str | None:
     """Scale parameters of a part of the model; why it must not be, if its results are others then."""
     module = model.get_submodule(look.path)
     within = {id(m) for m in module.modules()}
@@ -148,40 +169,25 @@ def _apply(model: nn.Module, look: Look, changes: _Changes) -> str | None:
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((owner, name))
-    for record in look.records:
+    for record in list(records):
         tensors = [parameter_of(module, name) for name in record.factors]
         if any(id(owner) not in within for p in tensors for owner, _ in owners[id(p)]):
             look.drop(record.together, "who could take the scale in has a parameter of another part of the model")
     factors: dict[int, tuple[nn.Parameter, list[Tensor]]] = {}
-    for record in look.records:
+    for record in (r for r in records if r in look.records):
         for name, factor in record.factors.items():
             taker: Any = parameter_of(module, name)
             factors.setdefault(id(taker), (taker, []))[1].append(factor)
     if not factors:
         return None
-    before = _results(module)
+    tried.start()
     with torch.no_grad():
         for key, (parameter, parts) in factors.items():
             new = parameter.detach().double()
             for part in parts:
                 new = new * part.to(new.device)
             changes.set(owners[key], nn.Parameter(new.to(parameter.dtype), requires_grad=parameter.requires_grad))
-    for a, b in zip(before, _results(module), strict=True):
-        limit = _APART.get(a.dtype, _COARSE) * float(a.abs().max().clamp(min=1e-6)) if a.numel() else 0.0
-        finite = a.isfinite() & b.isfinite()
-        apart = torch.where(finite, (a - b).abs(), torch.where(a == b, 0.0, torch.inf))
-        if a.numel() and not float(apart.max()) <= limit:
-            return f"the results of {look.path or 'the model'} would be others"
-    return None
-
-
-def _results(module: nn.Module) -> list[Tensor]:
-    """What a float module gives for its first call."""
-    call = first_call(module)
-    assert call is not None
-    with torch.no_grad():
-        found = module(*call[0], **call[1])
-    return [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
+    return tried.differs()
 
 
 def _renewed(old: fx.GraphModule, new: fx.GraphModule, record: Absorbed | None, why: str) -> fx.GraphModule:

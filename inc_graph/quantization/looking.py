@@ -4,7 +4,8 @@ The whole model is exported on its first calibration call or, if that cannot be,
 finds who can take scales in, with what the layers' own observers have seen. The exported model is what one call has
 made of it, and others may see more of it: the value of a norm that a base model ends with, say, or a branch that this
 call did not take. So scales are taken in only where nothing but the block around them, or an `nn.Sequential`, can read
-the value; where the call did not read some parameters of a block, nothing is scaled in that block.
+the value; where the call did not read some parameters of a block, nothing is scaled in that block. What calls of other
+kinds make of it is tried when it is done (see `absorbing`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from inc_graph.errors import IncError
 from inc_graph.graph import get_attr, inc_meta, module_path, peek_meta
 from inc_graph.passmanager import Pipeline
 from inc_graph.quantization.block_inputs import block_paths
-from inc_graph.quantization.first_call import first_call
 from inc_graph.quantization.kept_calls import flat_inputs
+from inc_graph.quantization.kinds_of_calls import first_call, was_called
 from inc_graph.quantization.leaf import Leaf
 from inc_graph.recipe import Recipe, set_recipe
 from inc_graph.smoothing import ABSORBED, WHY, Absorbed, FoldingError
 
-__all__ = ["Leaves", "Look", "looked_at", "parameter_of", "watcher"]
+__all__ = ["Leaves", "Look", "block_of", "looked_at", "parameter_of", "watcher"]
 
 Leaves = dict[Leaf, list[str]]
 _FOLDS = ("fold-constants", "fold-conv-bn")  # what they make is no parameter of the model
@@ -55,6 +56,11 @@ class Look:
         self.records = [r for r in self.records if r.together != group]
         self.why.update(dict.fromkeys(group, reason))
 
+    def drop_all(self, records: list[Absorbed], reason: str) -> None:
+        """Do not do what these say."""
+        for record in list(records):
+            self.drop(record.together, reason)
+
     def named(self, name: str) -> str:
         """The path in the model of something in the part."""
         return f"{self.path}.{name}" if self.path else name
@@ -62,7 +68,7 @@ class Look:
 
 def looked_at(model: nn.Module, ready: Leaves, recipe: Recipe) -> tuple[list[Look], str]:
     """What was found, in the whole model or in its blocks, and why there is no more."""
-    if first_call(model) is None:
+    if not was_called(model):
         reason = "the model itself was not called in calibration"
     else:
         found = _look(model, "", ready, recipe)
@@ -71,7 +77,7 @@ def looked_at(model: nn.Module, ready: Leaves, recipe: Recipe) -> tuple[list[Loo
         reason = found
     looked = []
     for path in block_paths(model, ready) or []:
-        if first_call(model.get_submodule(path)) is not None:
+        if was_called(model.get_submodule(path)):
             found = _look(model, path, ready, recipe)
             if isinstance(found, Look):
                 looked.append(found)
@@ -104,10 +110,10 @@ def _look(model: nn.Module, path: str, ready: Leaves, recipe: Recipe) -> Look | 
     except IncError as e:
         return f"{path or 'the model'} cannot be exported to look at it: {e.message.splitlines()[0]}"
     look = Look(path, gm.meta[ABSORBED], {**gm.meta[WHY], **why})
-    blind = {_block(look.named(name)): name for name, p in module.named_parameters() if id(p) not in read}
+    blind = {block_of(look.named(name)): name for name, p in module.named_parameters() if id(p) not in read}
     for record in look.records:
         paths = [*record.together, *record.line.takers, *(look.named(n.rpartition(".")[0]) for n in record.factors)]
-        places = [_block(p) for p in paths]
+        places = [block_of(p) for p in paths]
         unread = next((blind[place] for place in places if place in blind), None)
         if unread is not None:
             look.drop(record.together, f"the first call did not use {look.named(unread)}, which may read it at others")
@@ -120,14 +126,14 @@ def _look(model: nn.Module, path: str, ready: Leaves, recipe: Recipe) -> Look | 
 
 def _private(model: nn.Module, paths: list[str]) -> bool:
     """Whether nobody but one block, or the `nn.Sequential` that they are in, sees what flows between these modules."""
-    block = _block(paths[0])
-    if block is not None and block not in paths and all(_block(p) == block for p in paths):
+    block = block_of(paths[0])
+    if block is not None and block not in paths and all(block_of(p) == block for p in paths):
         return True
     above = {p.rpartition(".")[0] for p in paths}
     return len(above) == 1 and type(model.get_submodule(above.pop())) is nn.Sequential
 
 
-def _block(path: str) -> str | None:
+def block_of(path: str) -> str | None:
     """The outermost part of a path that ends with a number: one of a row of blocks."""
     match = _BLOCK.match(path)
     return None if match is None else match.group()

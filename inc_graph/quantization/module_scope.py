@@ -290,7 +290,9 @@ def convert(model: nn.Module, backend: str | None, inplace: bool) -> nn.Module:
     captures = Captures()
 
     def again(leaf: Leaf) -> Any:
-        made = _leaf(model, leaf.original, found[leaf], captures, _Facts(facts.recipe, [], 0), set())  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnusedRuleWarning)  # of rules for the other layers, as in prepare
+            made = _leaf(model, leaf.original, found[leaf], captures, _Facts(facts.recipe, [], 0), set())  # type: ignore[arg-type]
         assert made is not None
         return made.inner
 

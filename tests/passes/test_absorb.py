@@ -107,6 +107,64 @@ def test_what_does_not(name: str) -> None:
     assert kept.by == "left" and kept.detail == found.detail and kept.alpha is None
 
 
+TWICE = {  # what reads one value in several places: whether the place before takes the scale in nonetheless
+    "cat": (lambda y: torch.cat([y, y], -1), True), "stack": (lambda y: torch.stack([y, y], -1).flatten(-2), True),
+    "stack of rows": (lambda y: torch.stack([y, y], 1).sum(1), True),
+    "cat of three": (lambda y: torch.cat([y, y[..., :4], y], -1), True),
+    "attention": (lambda y: F.scaled_dot_product_attention(y, y, y), False),
+    "matmul": (lambda y: (y[:, :4, :4] @ y[:, :4, :4]), False),
+    "square": (lambda y: (z := y.reshape(-1, 8, 8)) @ z, False),
+    "bmm": (lambda y: torch.bmm(z := y.reshape(-1, 8, 8), z), False), "quotient": (lambda y: y / y, False),
+    "gate": (lambda y: F.glu(torch.cat([y, y], -1)), False),
+    "gate of half": (lambda y: F.glu(y) + y[..., 4:], False), "other half": (lambda y: F.glu(y) + y[..., :4], True),
+    "half of a half": (lambda y: (z := y.relu())[..., :4] + y[..., 4:] * z[..., 4:].sigmoid(), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("folding", [False, True])
+def test_an_operator_that_reads_one_value_in_several_places(name: str, folding: bool) -> None:
+    between, taken = TWICE[name]
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)) * outliers(16)
+    torch.manual_seed(0)
+    first = nn.Linear(16, 8)
+    with torch.no_grad():
+        first.weight[:3] *= 8
+        width = between(first(x)).shape[-1]
+    model = Chain(between, first, nn.Linear(width, 4))
+    line = lines(model, x, how=Smoothing(alpha=0.7, folding=folding))["last"]  # which checks the function
+    assert line.by == ("absorbed" if taken else "left" if folding else "multiplied")
+    assert taken or re.search("in several places|scaled for others|is read by", line.detail), line.detail
+
+
+@pytest.mark.parametrize(("places", "taken"), [("qkk", False), ("kqk", False), ("qqk", True)])
+def test_attention_over_values_that_are_keys_or_queries(places: str, taken: bool) -> None:
+    class Shared(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            found = {"q": self.split(self.q(x), self.heads), "k": self.split(self.k(x), self.kv)}
+            y = F.scaled_dot_product_attention(*(found[place] for place in places))
+            return self.o(y.transpose(1, 2).reshape(x.shape))
+
+    model = Shared(kv=4)
+    with torch.no_grad():
+        for layer in (model.q, model.k):
+            layer.weight[:3] *= 8
+    line = lines(model, X)["o"]
+    assert line.by == ("absorbed" if taken else "multiplied")
+    assert taken or "reads one value in several places" in line.detail
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_convolution_that_is_put_together_with_itself(dim: int) -> None:
+    class Dense(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([y := F.relu(self.first(x)), y], dim))
+
+    x = torch.randn(2, 3, 8, 8) * torch.tensor([1.0, 5, 20]).view(1, 3, 1, 1)
+    model = Dense(None, nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16 if dim == 1 else 8, 8, 1))
+    assert lines(model, x)["last"].takers == ("first",)
+
+
 @pytest.mark.parametrize("kind", [Attention, Written, lambda: Attention(kv=4), lambda: Attention(kv=1)])
 def test_values_to_output_through_attention(kind: Any) -> None:
     found = lines(kind(), X)
@@ -258,6 +316,50 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         return x + self.b(F.relu(self.a(x)))
+
+
+class Times(nn.Module):
+    """A norm, times a constant of some dtype and shape."""
+
+    def __init__(self, factor: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(16).to(dtype), nn.Linear(16, 4).to(dtype)
+        self.register_buffer("factor", factor)
+        with torch.no_grad():
+            self.norm.weight.copy_(outliers(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(x) * self.factor)
+
+
+SIXTEEN = torch.linspace(0.5, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("factor", "taker"),
+    [(torch.tensor(0.5), "mul"), (torch.tensor([0.5]), "mul"), (SIXTEEN, "mul"), (SIXTEEN[None].clone(), "mul"),
+     (torch.tensor(0.5).bfloat16(), "norm"), (torch.tensor(0.5).half(), "norm"), (torch.tensor(0.5).double(), "norm"),
+     (torch.tensor([0.5]).bfloat16(), "norm"), (SIXTEEN.bfloat16(), "norm")],
+)  # fmt: skip
+def test_a_constant_takes_a_scale_in_its_own_dtype(factor: Tensor, taker: str) -> None:
+    model = Times(factor)
+    gm = watched(model, X, recipe=plan(STRONG))
+    done, (line,) = smoothed(gm, X)
+    with torch.no_grad():
+        want, got = model(X), done(X)
+    assert got.dtype == want.dtype and (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert line.by == "absorbed" and line.takers == (taker,)
+
+
+@pytest.mark.parametrize(("dtype", "taker"), [(torch.float32, "norm"), (torch.bfloat16, "mul")])
+def test_a_number_in_a_model_of_less_precision(dtype: torch.dtype, taker: str) -> None:
+    """A float32 number leaves a bfloat16 value what it is; a float32 vector would not."""
+    x, model = X.bfloat16(), Times(torch.tensor(0.5, dtype=dtype), torch.bfloat16)
+    done, (line,) = smoothed(watched(model, x, recipe=plan(STRONG)), x)
+    with torch.no_grad():
+        want, got = model(x), done(x)
+    assert got.dtype == want.dtype and (got - want).abs().max() <= 0.05 * want.abs().max()
+    assert line.by == "absorbed" and line.takers == (taker,)
 
 
 def test_a_norm_that_is_read_elsewhere_is_copied() -> None:

@@ -57,12 +57,24 @@ class SmoothQuantConfig(Int8Config):
     def _settle(self) -> None:
         if self.auto_alpha_args is None:
             self.auto_alpha_args = {name: getattr(self, name) for name in _ALPHA}
-        low, high = (v if isinstance(v, list) else [v] for v in (self.alpha_min, self.alpha_max))
-        if max(low) > min(high):
-            raise ConfigError(f"SmoothQuantConfig.alpha_min {max(low)} is above alpha_max {min(high)}")
+        self._refuse_no_range()
+
+    def _refuse_no_range(self) -> None:
+        """There must be an alpha to search for, whatever is chosen of candidates; also if none is searched for now."""
+        for args in self.auto_alpha_args if isinstance(self.auto_alpha_args, list) else [self.auto_alpha_args]:
+            search = {name: getattr(self, name) for name in _ALPHA} | (args or {})
+            ends = [v if isinstance(v, list) else [v] for v in (search["alpha_min"], search["alpha_max"])]
+            if (low := max(ends[0])) > (high := min(ends[1])):
+                names = [
+                    n if search[n] == getattr(self, n) else f"auto_alpha_args[{n!r}]"
+                    for n in ("alpha_min", "alpha_max")
+                ]
+                message = f"SmoothQuantConfig.{names[0]} {low} is above {names[1]} {high}"
+                raise ConfigError(message, hint="the search for alpha goes from alpha_min to alpha_max")
 
     def _smoothing(self) -> Smoothing:
         """What the fields say of smoothing; `auto_alpha_args` counts more than the fields of the same names."""
+        self._refuse_no_range()  # fields may have been set since
         search = {**{name: getattr(self, name) for name in _ALPHA}, **self.auto_alpha_args}
         return Smoothing(self.alpha, self.folding, self.scale_sharing, **search)
 
