@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from inc_graph.quantization import (
-    StaticQuantConfig,
-    prepare,
-)
+from inc_graph.quantization import StaticQuantConfig, prepare
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 
@@ -44,3 +43,21 @@ def kinds(q: Any) -> dict[str, str]:
     for where in ("kernels", "reference", "floats"):
         found |= {x.module or x.name: where for x in getattr(q.report, where) if x.op in ("linear", "matmul")}
     return found
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def data() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(3, 8) for _ in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield

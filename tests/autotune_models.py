@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from inc_graph.common import Options, options
 from inc_graph.common.base_tuning import TuningConfig
+from inc_graph.errors import IncWarning
 from inc_graph.quantization import StaticQuantConfig, autotune
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
@@ -38,3 +43,18 @@ class Tuned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tuning(x)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in vars(Options()).items():
+        monkeypatch.setattr(options, name, value)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", IncWarning)
+        yield

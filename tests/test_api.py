@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,28 +30,14 @@ from inc_graph.quantization import (
 )
 from inc_graph.registry import PASSES
 from inc_graph.text import to_text
+from tests import api_models
 from tests.api_models import DYNAMIC, Net, calibrated, close, kinds
 from tests.model_state import same, snapshot
 
 FLOAT = StaticQuantConfig(w_dtype="fp32")
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
-
-
-@pytest.fixture
-def data() -> list[Tensor]:
-    torch.manual_seed(1)
-    return [torch.randn(3, 8) for _ in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+model, data, no_grad = api_models.model, api_models.data, api_models.no_grad  # fixtures
 
 
 # ---------------------------------------------------------------------------------------------------- the call forms

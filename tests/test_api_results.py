@@ -9,7 +9,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,10 @@ from inc_graph.quantization import (
     quantize,
 )
 from inc_graph.text import to_text
-from tests.api_models import DYNAMIC, Net, calibrated, close, kinds
+from tests import api_models
+from tests.api_models import DYNAMIC, calibrated, close, kinds
 
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
-
-
-@pytest.fixture
-def data() -> list[Tensor]:
-    torch.manual_seed(1)
-    return [torch.randn(3, 8) for _ in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+model, data, no_grad = api_models.model, api_models.data, api_models.no_grad  # fixtures
 
 
 # ------------------------------------------------------------------------------------- backends, reference and report

@@ -8,7 +8,6 @@ import math
 import random
 import sys
 import types
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from torch import Tensor, nn
 
 from inc_graph.algorithms import algos_mapping
 from inc_graph.common import (
-    Options,
-    options,
     set_random_seed,
     set_tensorboard,
     set_workspace,
@@ -34,22 +31,10 @@ from inc_graph.errors import CaptureError, ConfigError, IncError, IncWarning
 from inc_graph.export import export
 from inc_graph.quantization import AWQConfig, RTNConfig, StaticQuantConfig, autotune
 from inc_graph.quantization.tuning_table import Trial, TuningResult, watch
+from tests import autotune_models
 from tests.autotune_models import ACT, Tuned, X, run, tune
 
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in vars(Options()).items():
-        monkeypatch.setattr(options, name, value)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error", IncWarning)
-        yield
+model, strict = autotune_models.model, autotune_models.strict  # fixtures
 
 
 def algos(result: Any) -> list[str]:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from inc_graph.common import (
-    Options,
-    options,
     set_resume_from,
     set_workspace,
 )
@@ -23,22 +18,10 @@ from inc_graph.errors import ConfigError, IncWarning
 from inc_graph.export import export
 from inc_graph.quantization import AutoRoundConfig, RTNConfig, StaticQuantConfig, autotune
 from inc_graph.quantization.journal import _key, fingerprint
+from tests import autotune_models
 from tests.autotune_models import ACT, X, run, tune
 
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in vars(Options()).items():
-        monkeypatch.setattr(options, name, value)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error", IncWarning)
-        yield
+model, strict = autotune_models.model, autotune_models.strict  # fixtures
 
 
 # ---------------------------------------------------------------------------------------------------------- the journal

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from inc_graph.algorithms import Quantizer, algos_mapping, get_quantizer, postprocess_model, register_algo
-from inc_graph.algorithms.entries import OFFERS_LOAD
 from inc_graph.common.base_config import BaseConfig, ComposableConfig, register_config
 from inc_graph.common.base_tuning import TuningConfig
 from inc_graph.common.utils import Mode
@@ -28,37 +26,11 @@ from inc_graph.quantization import (
     quantize,
 )
 from inc_graph.quantization.user_algorithms import algorithms_of, rebuild
-from inc_graph.registry import CONFIGS
+from tests import user_algorithm_models as shared
 from tests.model_state import same, snapshot
 from tests.user_algorithm_models import CALLS, Codes, Net, RoundConfig, RoundQuantizer, bits_of, entry
 
-
-@pytest.fixture(autouse=True)
-def own_method() -> Iterator[None]:
-    """The method is entered; whatever else a test enters is gone after it."""
-    entries, configs = dict(algos_mapping), set(CONFIGS.names())
-    register_config(algo_name="round_own", priority=95)(RoundConfig)
-    register_algo("round_own")(entry)
-    CALLS.clear()
-    with torch.no_grad():
-        yield
-    OFFERS_LOAD.clear()
-    algos_mapping.clear()
-    algos_mapping.update(entries)
-    for name in set(CONFIGS.names()) - configs:
-        CONFIGS.remove(name)
-
-
-@pytest.fixture
-def model() -> Net:
-    torch.manual_seed(0)
-    return Net().eval()
-
-
-@pytest.fixture
-def x() -> Tensor:
-    torch.manual_seed(1)
-    return torch.randn(32, 8)
+own_method, model, x = shared.own_method, shared.model, shared.x  # fixtures
 
 
 def close(a: Tensor, b: Tensor, db: float = 25) -> bool:

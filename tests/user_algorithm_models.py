@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from inc_graph.algorithms import Quantizer, get_quantizer, postprocess_model
-from inc_graph.common.base_config import BaseConfig
+from inc_graph.algorithms import Quantizer, algos_mapping, get_quantizer, postprocess_model, register_algo
+from inc_graph.algorithms.entries import OFFERS_LOAD
+from inc_graph.common.base_config import BaseConfig, register_config
 from inc_graph.common.utils import Mode
 from inc_graph.quantization.fields import Field, an_int
+from inc_graph.registry import CONFIGS
 
 
 class Net(nn.Module):
@@ -94,3 +98,31 @@ def bits_of(model: nn.Module) -> dict[str, int]:
     """Path -> bits of the layers that the method has replaced."""
     widths = {n: int(m.codes.abs().max()) for n, m in model.named_modules() if isinstance(m, Codes)}
     return {n: int(v).bit_length() + 1 for n, v in widths.items()}
+
+
+@pytest.fixture(autouse=True)
+def own_method() -> Iterator[None]:
+    """The method is entered; whatever else a test enters is gone after it."""
+    entries, configs = dict(algos_mapping), set(CONFIGS.names())
+    register_config(algo_name="round_own", priority=95)(RoundConfig)
+    register_algo("round_own")(entry)
+    CALLS.clear()
+    with torch.no_grad():
+        yield
+    OFFERS_LOAD.clear()
+    algos_mapping.clear()
+    algos_mapping.update(entries)
+    for name in set(CONFIGS.names()) - configs:
+        CONFIGS.remove(name)
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(32, 8)

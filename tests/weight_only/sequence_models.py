@@ -5,17 +5,21 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from inc_graph import in_sequence
 from inc_graph.errors import IncWarning
 from inc_graph.quantization import (
     GPTQConfig,
+    block_by_block,
     convert,
     prepare,
 )
 from inc_graph.side_by_side import SideBySide
+from inc_graph.weights import Gram
 
 WIDTH = 32
 
@@ -96,3 +100,29 @@ def float_weights(q: Any) -> dict[str, Tensor]:
             path = list(node.meta["nn_module_stack"].values())[-1][0]
             found[path.removeprefix("L['self'].")] = run.to(node.args[1])[0]
     return found
+
+
+@pytest.fixture(params=["float32", "fast"])
+def computed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """What the machine is said to be fast at."""
+    dtype = torch.float32 if request.param == "float32" else torch.bfloat16
+    for module in (in_sequence, block_by_block):
+        monkeypatch.setattr(module, "fast_dtype", lambda: dtype)
+    return dtype
+
+
+@pytest.fixture
+def grams(monkeypatch: pytest.MonkeyPatch) -> list[Gram]:
+    """Of each layer in the order in which they are rounded."""
+    from inc_graph.passes.qparams.gptq import GPTQ
+
+    seen: list[Gram] = []
+    solve = GPTQ.solve
+
+    def watched(self: Any, weight: Tensor, spec: Any, gram: Gram | None = None) -> Any:
+        assert gram is not None
+        seen.append(gram)
+        return solve(self, weight, spec, gram)
+
+    monkeypatch.setattr(GPTQ, "solve", watched)
+    return seen

@@ -21,6 +21,7 @@ from inc_graph.quantization import (
 )
 from inc_graph.quantization.block_inputs import block_inputs_of
 from inc_graph.weights import Gram
+from tests.weight_only.sequence_models import products
 
 
 class Block(nn.Module):
@@ -81,18 +82,6 @@ def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], Gram]]
 
     monkeypatch.setattr(GPTQ, "solve", watched)
     return seen
-
-
-def products(model: nn.Module, path: str, batches: list[Tensor]) -> Tensor:
-    """sum x x^T of what the layer at `path` reads, computed without any of the library's code."""
-    rows: list[Tensor] = []
-    hook = model.get_submodule(path).register_forward_pre_hook(lambda m, args: rows.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        for x in batches:
-            model(x)
-    hook.remove()
-    x = torch.cat(rows).double()
-    return (x.T @ x).float()
 
 
 def near(a: Tensor, b: Tensor) -> None:

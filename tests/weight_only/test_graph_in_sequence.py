@@ -21,7 +21,6 @@ from inc_graph.errors import CalibrationError, IncError
 from inc_graph.lowering._onednn import HAS_OPAQUE
 from inc_graph.quantization import (
     GPTQConfig,
-    block_by_block,
     convert,
     finalize_calibration,
     graph_in_sequence,
@@ -31,6 +30,7 @@ from inc_graph.quantization.kept_calls import flat_inputs
 from inc_graph.side_by_side import SideBySide, why_not
 from inc_graph.weights import Gram
 from tests.graph_generator import KINDS, RandomModel
+from tests.weight_only import sequence_models
 from tests.weight_only.sequence_models import (
     WIDTH,
     data,
@@ -42,31 +42,7 @@ from tests.weight_only.sequence_models import (
     quietly,
 )
 
-
-@pytest.fixture(params=["float32", "fast"])
-def computed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """What the machine is said to be fast at."""
-    dtype = torch.float32 if request.param == "float32" else torch.bfloat16
-    for module in (in_sequence, block_by_block):
-        monkeypatch.setattr(module, "fast_dtype", lambda: dtype)
-    return dtype
-
-
-@pytest.fixture
-def grams(monkeypatch: pytest.MonkeyPatch) -> list[Gram]:
-    """Of each layer in the order in which they are rounded."""
-    from inc_graph.passes.qparams.gptq import GPTQ
-
-    seen: list[Gram] = []
-    solve = GPTQ.solve
-
-    def watched(self: Any, weight: Tensor, spec: Any, gram: Gram | None = None) -> Any:
-        assert gram is not None
-        seen.append(gram)
-        return solve(self, weight, spec, gram)
-
-    monkeypatch.setattr(GPTQ, "solve", watched)
-    return seen
+computed, grams = sequence_models.computed, sequence_models.grams  # fixtures
 
 
 # ------------------------------------------------------------------------------------------------------ the interpreter

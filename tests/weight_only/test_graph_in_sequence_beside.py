@@ -19,7 +19,6 @@ from inc_graph.quantization import (
     GPTQConfig,
     RTNConfig,
     StaticQuantConfig,
-    block_by_block,
     convert,
     graph_in_sequence,
     kept_calls,
@@ -28,6 +27,7 @@ from inc_graph.quantization import (
 )
 from inc_graph.side_by_side import SideBySide, why_not
 from inc_graph.weights import Gram
+from tests.weight_only import sequence_models
 from tests.weight_only.sequence_models import (
     ROWS,
     WIDTH,
@@ -41,31 +41,7 @@ from tests.weight_only.sequence_models import (
     quietly,
 )
 
-
-@pytest.fixture(params=["float32", "fast"])
-def computed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """What the machine is said to be fast at."""
-    dtype = torch.float32 if request.param == "float32" else torch.bfloat16
-    for module in (in_sequence, block_by_block):
-        monkeypatch.setattr(module, "fast_dtype", lambda: dtype)
-    return dtype
-
-
-@pytest.fixture
-def grams(monkeypatch: pytest.MonkeyPatch) -> list[Gram]:
-    """Of each layer in the order in which they are rounded."""
-    from inc_graph.passes.qparams.gptq import GPTQ
-
-    seen: list[Gram] = []
-    solve = GPTQ.solve
-
-    def watched(self: Any, weight: Tensor, spec: Any, gram: Gram | None = None) -> Any:
-        assert gram is not None
-        seen.append(gram)
-        return solve(self, weight, spec, gram)
-
-    monkeypatch.setattr(GPTQ, "solve", watched)
-    return seen
+computed, grams = sequence_models.computed, sequence_models.grams  # fixtures
 
 
 # ------------------------------------------------------------------------------------------- other methods beside it
